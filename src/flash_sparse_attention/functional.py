@@ -1,0 +1,571 @@
+"""The public operators: each checks its arguments, picks an implementation, calls it, and returns a tensor or NamedTuple.
+
+Tensors are packed, `[N, H, D]` with `cu_seqlens` (the layout of the varlen functions of flash-attn), or batched,
+`[B, S, H, D]` without; what comes back has the form of what went in. Packed tensors without `cu_seqlens` are one sequence.
+All tensors of a call share a device and a floating dtype (float16, bfloat16, float32 or float64). Nothing ever crosses
+the bound of a sequence.
+
+Every operator takes
+    cu_seqlens: bounds of the packed sequences, int32 `[B + 1]`, or a `SequenceLayout`, which saves a copy to the host.
+    impl: `auto`, or `reference`, `blockwise` or `triton`; an explicit choice that cannot run is an error.
+and raises `ValueError` for an argument of a wrong shape, dtype, device or value.
+
+Sources: NSA, arXiv 2502.11089, equations 5 to 12; FSA, arXiv 2508.18224.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import NSAConfig, compression_kinds
+from .geometry import Interval
+from .impl import resolve
+from .types import AttentionOutput, Compression, NSAOutput, SequenceLayout
+from .validation import (
+    FLOAT_DTYPES,
+    bad,
+    check_choice,
+    check_heads,
+    check_multiple,
+    check_positive,
+    check_same,
+    check_tensor,
+)
+
+CuSeqlens = Tensor | SequenceLayout | None
+
+
+def compress(
+    x: Tensor,
+    *,
+    kind: str = "mean",
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    weight_out: Tensor | None = None,
+    bias_out: Tensor | None = None,
+    position_embedding: Tensor | None = None,
+    kernel_size: int = 32,
+    kernel_stride: int = 16,
+    cu_seqlens: CuSeqlens = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Summarises windows of keys or values: compressed token i stands for tokens [i * d, i * d + l). NSA equation 7.
+
+    A sequence of L tokens yields max(0, (L - l) // d + 1) compressed tokens: none if it is shorter than a window.
+
+    Args:
+        x: keys or values `[N, Hk, D]` or `[B, S, Hk, D]`.
+        kind: `mean`; `linear`: the window, flattened to l * D, times a matrix a head; `mlp`: two layers with GELU
+            (the paper's phi); `weighted`: a weighted sum over the positions of the window.
+        weight: `linear`: `[Hk, l * D, D]`; `mlp`: `[Hk, l * D, E]`; `weighted`: `[Hk, l]`; not for `mean`.
+        bias: `mlp` only: `[Hk, E]`.
+        weight_out: `mlp` only: `[Hk, E, D]`.
+        bias_out: `mlp` only: `[Hk, D]`.
+        position_embedding: `[l, D]`, added to the tokens of each window first.
+        kernel_size: l, tokens of a window.
+        kernel_stride: d, tokens between windows; divides l.
+        cu_seqlens: see the module.
+        impl: see the module.
+
+    Returns:
+        The compressed tokens `[M, Hk, D]`, sequence after sequence, or `[B, S', Hk, D]`. Differentiable in `x` and all
+        weights.
+
+    Example:
+        >>> import torch
+        >>> compress(torch.arange(8.0).reshape(8, 1, 1), kernel_size=4, kernel_stride=2).flatten()
+        tensor([1.5000, 3.5000, 5.5000])
+    """
+    _check_windows(kernel_size, kernel_stride)
+    pack = _Pack.of("x", x, "Hk", "D", cu_seqlens)
+    compression = Compression(kind, weight, bias, weight_out, bias_out, position_embedding)
+    _check_compression(x, compression, kernel_size)
+    out = resolve("compress", impl, x.device, x.dtype)(
+        pack.flat(x), compression, kernel_size, kernel_stride, pack.layout
+    )
+    return pack.restore(out)
+
+
+def interval_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    interval: Interval,
+    *,
+    cu_seqlens: CuSeqlens = None,
+    softmax_scale: float | None = None,
+    impl: str = "auto",
+) -> AttentionOutput:
+    """Attention of query t to the contiguous keys [interval.start(t), interval.end(t)).
+
+    Args:
+        q: queries `[N, Hq, Dk]` or `[B, S, Hq, Dk]`.
+        k: keys `[M, Hk, Dk]` (`[B, M / B, Hk, Dk]`), where a sequence of L tokens has `interval.num_keys(L)` keys; Hk
+            divides Hq, and query head h belongs to key/value head h // (Hq / Hk).
+        v: values `[M, Hk, Dv]`; Dv may differ from Dk.
+        interval: which keys a query sees.
+        cu_seqlens: bounds of the query tokens; see the module.
+        softmax_scale: factor of the scores; Dk ** -0.5 by default.
+        impl: see the module.
+
+    Returns:
+        `out [N, Hq, Dv]` (`[B, S, Hq, Dv]`) and `lse [N, Hq]` (`[B, S, Hq]`); both differentiable. A query that sees no
+        key has output 0 and lse -inf.
+
+    Example:
+        >>> import torch
+        >>> q = k = v = torch.randn(2, 100, 4, 16)
+        >>> causal = interval_attention(q, k, v, Interval())
+        >>> causal.out.shape, causal.lse.shape
+        (torch.Size([2, 100, 4, 16]), torch.Size([2, 100, 4]))
+    """
+    pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens)
+    keys = pack.layout.compressed(interval.kernel_size, interval.kernel_stride)
+    scale = _check_qkv(pack, q, k, v, keys, softmax_scale, suffix="")
+    result = resolve("interval_attention", impl, q.device, q.dtype)(
+        pack.flat(q), pack.flat(k), pack.flat(v), interval, pack.layout, scale
+    )
+    return AttentionOutput(*map(pack.restore, result))
+
+
+def compressed_attention(
+    q: Tensor,
+    k_compressed: Tensor,
+    v_compressed: Tensor,
+    *,
+    kernel_size: int = 32,
+    kernel_stride: int = 16,
+    cu_seqlens: CuSeqlens = None,
+    softmax_scale: float | None = None,
+    impl: str = "auto",
+) -> AttentionOutput:
+    """Attention to the compressed tokens whose windows lie wholly at or before the query. NSA equations 5 to 7.
+
+    Args:
+        q: queries `[N, Hq, Dk]` or `[B, S, Hq, Dk]`.
+        k_compressed: compressed keys `[M, Hk, Dk]`, from `compress`.
+        v_compressed: compressed values `[M, Hk, Dv]`.
+        kernel_size: l, tokens of a window.
+        kernel_stride: d, tokens between windows; divides l.
+        cu_seqlens: bounds of the tokens, not of the compressed ones; see the module.
+        softmax_scale: factor of the scores; Dk ** -0.5 by default.
+        impl: see the module.
+
+    Returns:
+        As `interval_attention`. The first l - 1 queries of a sequence see nothing.
+
+    Example:
+        >>> import torch
+        >>> q, k, v = torch.randn(100, 8, 16), torch.randn(100, 2, 16), torch.randn(100, 2, 16)
+        >>> compressed_attention(q, compress(k), compress(v)).out.shape
+        torch.Size([100, 8, 16])
+    """
+    _check_windows(kernel_size, kernel_stride)
+    pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens)
+    keys = pack.layout.compressed(kernel_size, kernel_stride)
+    _check_qkv(pack, q, k_compressed, v_compressed, keys, softmax_scale, suffix="_compressed")
+    return interval_attention(
+        q,
+        k_compressed,
+        v_compressed,
+        Interval(kernel_size, kernel_stride),
+        cu_seqlens=None if pack.batched else pack.layout,
+        softmax_scale=softmax_scale,
+        impl=impl,
+    )
+
+
+def sliding_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window_size: int = 512,
+    cu_seqlens: CuSeqlens = None,
+    softmax_scale: float | None = None,
+    impl: str = "auto",
+) -> AttentionOutput:
+    """Attention to the newest `window_size` tokens, the query's own included.
+
+    Args:
+        q: queries `[N, Hq, Dk]` or `[B, S, Hq, Dk]`.
+        k: keys `[N, Hk, Dk]` or `[B, S, Hk, Dk]`.
+        v: values `[N, Hk, Dv]` or `[B, S, Hk, Dv]`.
+        window_size: w, tokens that a query sees, exactly; some other code counts one more.
+        cu_seqlens: see the module.
+        softmax_scale: factor of the scores; Dk ** -0.5 by default.
+        impl: see the module.
+
+    Returns:
+        As `interval_attention`.
+
+    Example:
+        >>> import torch
+        >>> x = torch.randn(10, 1, 4)
+        >>> torch.equal(sliding_window_attention(x, x, x, window_size=1).out, x)
+        True
+    """
+    interval = Interval(window_size=check_positive("window_size", window_size))
+    return interval_attention(q, k, v, interval, cu_seqlens=cu_seqlens, softmax_scale=softmax_scale, impl=impl)
+
+
+def select_blocks(
+    q: Tensor,
+    k_compressed: Tensor,
+    lse: Tensor,
+    *,
+    kernel_size: int = 32,
+    kernel_stride: int = 16,
+    block_size: int = 64,
+    num_selected_blocks: int = 16,
+    num_init_blocks: int = 1,
+    num_local_blocks: int = 2,
+    cu_seqlens: CuSeqlens = None,
+    softmax_scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Chooses the blocks that each query attends to, by the attention it pays to compressed tokens. NSA equations 8 to 12.
+
+    The importance of a block is the probability that the heads of a group give to the windows that overlap it, each
+    weighted with the chunks of d tokens that both share. The first `num_init_blocks` and the newest `num_local_blocks`
+    blocks of a query are always kept, the rest by importance; where two tie, the lower one is kept.
+
+    Args:
+        q: queries `[N, Hq, Dk]` or `[B, S, Hq, Dk]`.
+        k_compressed: compressed keys `[M, Hk, Dk]`.
+        lse: of `compressed_attention` on the same q and keys, with the same `softmax_scale`.
+        kernel_size: l, tokens of a window.
+        kernel_stride: d, tokens between windows; divides l and l'.
+        block_size: l', tokens of a block.
+        num_selected_blocks: T, blocks kept, the forced ones included.
+        num_init_blocks: first blocks, always kept.
+        num_local_blocks: newest blocks, always kept, the query's own included.
+        cu_seqlens: see the module.
+        softmax_scale: factor of the scores; Dk ** -0.5 by default.
+        impl: see the module.
+
+    Returns:
+        `block_indices`, int32 `[N, Hk, T]` or `[B, S, Hk, T]`: ascending, unused slots -1 at the end. No gradient.
+
+    Example:
+        >>> import torch
+        >>> q, k = torch.randn(200, 8, 16), torch.randn(200, 2, 16)
+        >>> k_cmp = compress(k)
+        >>> lse = compressed_attention(q, k_cmp, k_cmp).lse
+        >>> select_blocks(q, k_cmp, lse, num_selected_blocks=4)[130, 0].tolist()
+        [0, 1, 2, -1]
+    """
+    _check_windows(kernel_size, kernel_stride)
+    check_multiple("block_size", check_positive("block_size", block_size), "kernel_stride", kernel_stride)
+    check_positive("num_init_blocks", num_init_blocks, 0)
+    check_positive("num_local_blocks", num_local_blocks, 0)
+    forced = num_init_blocks + num_local_blocks
+    if check_positive("num_selected_blocks", num_selected_blocks) < forced:
+        raise bad(
+            "num_selected_blocks", f"at least num_init_blocks + num_local_blocks = {forced}", num_selected_blocks
+        )
+    pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens)
+    keys = pack.layout.compressed(kernel_size, kernel_stride)
+    scale = _check_qkv(pack, q, k_compressed, k_compressed, keys, softmax_scale, suffix="_compressed")
+    check_tensor("lse", lse, pack.shape(Hq=q.shape[-2]), FLOAT_DTYPES)
+    check_same("device", q=q, lse=lse)
+    indices = resolve("select_blocks", impl, q.device, q.dtype)(
+        pack.flat(q),
+        pack.flat(k_compressed),
+        pack.flat(lse),
+        kernel_size,
+        kernel_stride,
+        block_size,
+        num_selected_blocks,
+        num_init_blocks,
+        num_local_blocks,
+        pack.layout,
+        scale,
+    )
+    return pack.restore(indices)
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    *,
+    block_size: int = 64,
+    cu_seqlens: CuSeqlens = None,
+    softmax_scale: float | None = None,
+    impl: str = "auto",
+) -> AttentionOutput:
+    """Attention of query t to the tokens s <= t of the blocks it selected.
+
+    Args:
+        q: queries `[N, Hq, Dk]` or `[B, S, Hq, Dk]`.
+        k: keys `[N, Hk, Dk]` or `[B, S, Hk, Dk]`.
+        v: values `[N, Hk, Dv]` or `[B, S, Hk, Dv]`.
+        block_indices: int32 `[N, Hk, T]` or `[B, S, Hk, T]`, blocks counted from the start of the query's sequence, in
+            any order. Entries that are negative, out of range or in the future count as unused; a repeated block
+            counts once.
+        block_size: l', tokens of a block.
+        cu_seqlens: see the module.
+        softmax_scale: factor of the scores; Dk ** -0.5 by default.
+        impl: see the module.
+
+    Returns:
+        As `interval_attention`. A query whose entries are all unused has output 0 and lse -inf.
+
+    Example:
+        >>> import torch
+        >>> q, k, v = torch.randn(100, 8, 16), torch.randn(100, 2, 16), torch.randn(100, 2, 16)
+        >>> indices = torch.zeros(100, 2, 1, dtype=torch.int32)
+        >>> selected_attention(q, k, v, indices).out.shape
+        torch.Size([100, 8, 16])
+    """
+    check_positive("block_size", block_size)
+    pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens)
+    scale = _check_qkv(pack, q, k, v, pack.layout, softmax_scale, suffix="")
+    check_tensor(
+        "block_indices",
+        block_indices,
+        pack.shape(Hk=k.shape[-2], T=None),
+        (torch.int32,),
+        cure="one selection per KV head, not per query head",
+    )
+    check_same("device", q=q, block_indices=block_indices)
+    result = resolve("selected_attention", impl, q.device, q.dtype)(
+        pack.flat(q), pack.flat(k), pack.flat(v), pack.flat(block_indices), block_size, pack.layout, scale
+    )
+    return AttentionOutput(*map(pack.restore, result))
+
+
+def combine(
+    out_compressed: Tensor, out_selected: Tensor, out_window: Tensor, gates: Tensor, *, impl: str = "auto"
+) -> Tensor:
+    """The gated sum of the branches: sum of sigmoid(gate) * out. NSA equation 5.
+
+    Args:
+        out_compressed: `[N, Hq, Dv]` or `[B, S, Hq, Dv]`, and so are the other two.
+        out_selected: output of the selected branch.
+        out_window: output of the sliding window.
+        gates: gates before the sigmoid, `[N, Hq, 3]` in the order compressed, selected, window; or `[N, 1, 3]`, one for
+            all heads. Batched alike. Any floating dtype.
+        impl: see the module.
+
+    Returns:
+        `[N, Hq, Dv]` or `[B, S, Hq, Dv]`, differentiable in all inputs.
+
+    Example:
+        >>> import torch
+        >>> ones = torch.ones(1, 1, 1)
+        >>> combine(ones, ones, ones, torch.zeros(1, 1, 3)).item()
+        1.5
+    """
+    pack = _Pack.of("out_compressed", out_compressed, "Hq", "Dv", None)
+    heads, dim = out_compressed.shape[-2:]
+    named = {"out_compressed": out_compressed, "out_selected": out_selected, "out_window": out_window}
+    for name, out in named.items():
+        check_tensor(name, out, pack.shape(Hq=heads, Dv=dim), FLOAT_DTYPES)
+    check_same("dtype", **named)
+    _check_gates(pack, gates, heads)
+    check_same("device", **named, gates=gates)
+    result = resolve("combine", impl, out_window.device, out_window.dtype)(
+        *map(pack.flat, named.values()), pack.flat(gates)
+    )
+    return pack.restore(result)
+
+
+def nsa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Tensor,
+    config: NSAConfig | None = None,
+    *,
+    k_compressed: Tensor | None = None,
+    v_compressed: Tensor | None = None,
+    k_window: Tensor | None = None,
+    v_window: Tensor | None = None,
+    compression_k: Compression | None = None,
+    compression_v: Compression | None = None,
+    cu_seqlens: CuSeqlens = None,
+    softmax_scale: float | None = None,
+    impl: str = "auto",
+) -> NSAOutput:
+    """Native Sparse Attention: compress, attend to the compressed tokens, select, attend to the selected blocks and to the window, combine.
+
+    By default the three branches share `k` and `v`; give the others to make them independent.
+
+    Args:
+        q: queries `[N, Hq, Dk]` or `[B, S, Hq, Dk]`.
+        k: keys of the selected branch `[N, Hk, Dk]` or `[B, S, Hk, Dk]`.
+        v: values of the selected branch `[N, Hk, Dv]` or `[B, S, Hk, Dv]`.
+        gates: gates before the sigmoid, `[N, Hq, 3]` or `[N, 1, 3]` (batched alike): compressed, selected, window.
+        config: the sizes (windows, blocks, T, window); `NSAConfig()` by default. What it says of learned parts
+            (compression, gates, rotary embedding) is for `nn.NativeSparseAttention`.
+        k_compressed: compressed keys `[M, Hk, Dk]`, made by the caller; `compress(k, ...)` by default.
+        v_compressed: compressed values `[M, Hk, Dv]`; `compress(v, ...)` by default.
+        k_window: keys of the sliding window; `k` by default.
+        v_window: values of the sliding window; `v` by default.
+        compression_k: how `k` is compressed where `k_compressed` is not given; the mean by default.
+        compression_v: how `v` is compressed where `v_compressed` is not given; the mean by default.
+        cu_seqlens: see the module.
+        softmax_scale: factor of the scores; Dk ** -0.5 by default.
+        impl: see the module.
+
+    Returns:
+        `out [N, Hq, Dv]` (`[B, S, Hq, Dv]`), differentiable, and the `block_indices` that were selected.
+
+    Example:
+        >>> import torch
+        >>> q, k, v = torch.randn(1, 300, 8, 16), torch.randn(1, 300, 2, 16), torch.randn(1, 300, 2, 16)
+        >>> nsa_attention(q, k, v, gates=torch.zeros(1, 300, 8, 3)).out.shape
+        torch.Size([1, 300, 8, 16])
+    """
+    config = NSAConfig() if config is None else config
+    pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens)
+    _check_qkv(pack, q, k, v, pack.layout, softmax_scale, suffix="")
+    _check_gates(pack, gates, q.shape[-2])
+    for side, given, how in (("k", k_compressed, compression_k), ("v", v_compressed, compression_v)):
+        if given is not None and how is not None:
+            raise bad(f"compression_{side}", f"left out where {side}_compressed is given", "both", "pass one of them")
+    bounds: dict[str, CuSeqlens] = {"cu_seqlens": None if pack.batched else pack.layout}
+    windows = {"kernel_size": config.kernel_size, "kernel_stride": config.kernel_stride}
+    if k_compressed is None:
+        k_compressed = compress(k, **(compression_k or Compression())._asdict(), **windows, **bounds, impl=impl)
+    if v_compressed is None:
+        v_compressed = compress(v, **(compression_v or Compression())._asdict(), **windows, **bounds, impl=impl)
+    common = {**bounds, "softmax_scale": softmax_scale, "impl": impl}
+    out_compressed, lse = compressed_attention(q, k_compressed, v_compressed, **windows, **common)
+    block_indices = select_blocks(
+        q,
+        k_compressed,
+        lse,
+        **windows,
+        block_size=config.block_size,
+        num_selected_blocks=config.num_selected_blocks,
+        num_init_blocks=config.num_init_blocks,
+        num_local_blocks=config.num_local_blocks,
+        **common,
+    )
+    selected = selected_attention(q, k, v, block_indices, block_size=config.block_size, **common)
+    window = sliding_window_attention(
+        q,
+        k if k_window is None else k_window,
+        v if v_window is None else v_window,
+        window_size=config.window_size,
+        **common,
+    )
+    return NSAOutput(combine(out_compressed, selected.out, window.out, gates, impl=impl), block_indices)
+
+
+@dataclass(frozen=True)
+class _Pack:
+    """The form of a call's tensors: packed with a layout, or batched, which is a layout of equal lengths."""
+
+    layout: SequenceLayout
+    batched: bool
+
+    @classmethod
+    def of(cls, name: str, x: Tensor, heads: str, dim: str, cu_seqlens: CuSeqlens) -> _Pack:
+        """The form of the call whose first tensor is `x`."""
+        batched = isinstance(x, Tensor) and x.dim() == 4
+        token_dims: dict[str, int | None] = {"B": None, "S": None} if batched else {"N": None}
+        check_tensor(
+            name,
+            x,
+            {**token_dims, heads: None, dim: None},
+            FLOAT_DTYPES,
+            cure=f"pack it as [N, {heads}, {dim}] with cu_seqlens, or batch it as [B, S, {heads}, {dim}]",
+        )
+        if batched:
+            if cu_seqlens is not None:
+                raise bad("cu_seqlens", f"left out for a batched {name} [B, S, {heads}, {dim}]", "both", "pack the batch")
+            return cls(SequenceLayout.uniform(x.shape[0], x.shape[1], x.device), True)
+        if cu_seqlens is None:
+            return cls(SequenceLayout.uniform(1, x.shape[0], x.device), False)
+        if isinstance(cu_seqlens, Tensor):
+            cu_seqlens = SequenceLayout.from_cu_seqlens(cu_seqlens, x.shape[0])
+        elif not isinstance(cu_seqlens, SequenceLayout):
+            raise bad("cu_seqlens", "an int32 tensor [B + 1], a SequenceLayout or None", type(cu_seqlens).__name__)
+        elif cu_seqlens.total_tokens != x.shape[0]:
+            raise bad("cu_seqlens", f"a layout of the N={x.shape[0]} tokens of {name}", cu_seqlens.total_tokens)
+        if cu_seqlens.device != x.device:
+            raise bad("cu_seqlens", f"on the device of {name} ({x.device})", cu_seqlens.device, "move it with .to()")
+        return cls(cu_seqlens, False)
+
+    def shape(self, layout: SequenceLayout | None = None, **dims: int | None) -> dict[str, int | None]:
+        """The expected shape of a tensor over the tokens of `layout` (those of the queries by default)."""
+        layout = layout or self.layout
+        if self.batched:
+            return {"B": layout.batch, "S": layout.max_length, **dims}
+        return {"N" if layout is self.layout else "M": layout.total_tokens, **dims}
+
+    def flat(self, x: Tensor) -> Tensor:
+        """`x` packed."""
+        return x.flatten(0, 1) if self.batched else x
+
+    def restore(self, x: Tensor) -> Tensor:
+        """A packed result in the form of the call."""
+        batch = self.layout.batch
+        return x.reshape(batch, x.shape[0] // max(batch, 1), *x.shape[1:]) if self.batched else x
+
+
+def _check_qkv(
+    pack: _Pack, q: Tensor, k: Tensor, v: Tensor, keys: SequenceLayout, softmax_scale: float | None, suffix: str
+) -> float:
+    """Checks q, k and v against each other; returns the factor of the scores."""
+    num_heads, head_dim = q.shape[-2:]
+    check_tensor(f"k{suffix}", k, pack.shape(keys, Hk=None, Dk=head_dim), FLOAT_DTYPES)
+    check_heads(num_heads, k.shape[-2])
+    check_tensor(f"v{suffix}", v, pack.shape(keys, Hk=k.shape[-2], Dv=None), FLOAT_DTYPES)
+    named = {"q": q, f"k{suffix}": k, f"v{suffix}": v}
+    check_same("dtype", **named)
+    check_same("device", **named)
+    if softmax_scale is None:
+        return float(head_dim) ** -0.5
+    if not isinstance(softmax_scale, (int, float)):
+        raise bad("softmax_scale", "a number or None", type(softmax_scale).__name__)
+    return float(softmax_scale)
+
+
+def _check_windows(kernel_size: int, kernel_stride: int) -> None:
+    check_positive("kernel_stride", kernel_stride)
+    check_multiple("kernel_size", check_positive("kernel_size", kernel_size), "kernel_stride", kernel_stride)
+
+
+def _check_gates(pack: _Pack, gates: Tensor, num_heads: int) -> None:
+    shared = isinstance(gates, Tensor) and gates.dim() >= 2 and gates.shape[-2] == 1
+    shape = pack.shape(Hq=1 if shared else num_heads, branches=3)
+    check_tensor("gates", gates, shape, FLOAT_DTYPES, cure="one gate per head and branch, or one head for all")
+
+
+def _check_compression(x: Tensor, compression: Compression, kernel_size: int) -> None:
+    """The weights are those that the kind needs, of the right shapes."""
+    num_kv_heads, dim = x.shape[-2:]
+    kind, flat = compression.kind, kernel_size * dim
+    check_choice("kind", kind, compression_kinds())
+    hidden = compression.weight.shape[-1] if kind == "mlp" and isinstance(compression.weight, Tensor) else None
+    needed: dict[str, dict[str, int | None]] = {
+        "mean": {},
+        "weighted": {"weight": {"Hk": num_kv_heads, "l": kernel_size}},
+        "linear": {"weight": {"Hk": num_kv_heads, "l * D": flat, "D": dim}},
+        "mlp": {
+            "weight": {"Hk": num_kv_heads, "l * D": flat, "E": None},
+            "weight_out": {"Hk": num_kv_heads, "E": hidden, "D": dim},
+        },
+    }[kind]
+    optional: dict[str, dict[str, int | None]] = {"position_embedding": {"l": kernel_size, "D": dim}}
+    if kind == "mlp":
+        optional |= {"bias": {"Hk": num_kv_heads, "E": hidden}, "bias_out": {"Hk": num_kv_heads, "D": dim}}
+    for name, value in compression._asdict().items():
+        if name == "kind" or (value is None and name not in needed):
+            continue
+        if value is None:
+            raise bad(name, f"a tensor for kind={kind!r}", None)
+        if name not in needed and name not in optional:
+            raise bad(name, f"left out for kind={kind!r}", "a tensor")
+        check_tensor(name, value, {**needed, **optional}[name], FLOAT_DTYPES)
+        check_same("device", x=x, **{name: value})
+

@@ -1,0 +1,118 @@
+"""Which implementation computes an operator: the capability table, and `resolve`, which reads it.
+
+Implementations are imported when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..validation import check_choice
+
+OPERATORS = ("compress", "interval_attention", "select_blocks", "selected_attention", "combine")
+IMPLEMENTATIONS = ("reference", "blockwise", "triton")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Capability:
+    """One row of the table: an implementation of an operator, and what it takes.
+
+    Attributes:
+        operator: name of the public operator.
+        impl: name of the implementation.
+        module: module of `impl` that holds a function called like the operator.
+        devices: device types, or `("any",)`.
+        dtypes: dtypes of the inputs.
+        auto: whether `impl="auto"` may take it.
+        note: what a user should know of it, for the table of `fsa inspect`.
+    """
+
+    operator: str
+    impl: str
+    module: str
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    auto: bool
+    note: str
+
+    def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why this implementation cannot run here, or None if it can."""
+        if "any" not in self.devices and device.type not in self.devices:
+            return f"it runs on {', '.join(self.devices)}, not on {device.type}"
+        if dtype not in self.dtypes:
+            return f"it does not take {str(dtype).removeprefix('torch.')}"
+        return None
+
+
+# In order of preference: `auto` takes the first row of an operator that is not refused.
+CAPABILITIES: tuple[Capability, ...] = (
+    *(
+        Capability(op, "blockwise", "blockwise", ("any",), _FLOATS, True, "PyTorch in blocks, memory linear in N")
+        for op in OPERATORS
+    ),
+    *(
+        Capability(op, "reference", "reference", ("any",), _FLOATS, False, "the specification, dense, memory N x N")
+        for op in OPERATORS
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A row of `explain`: what became of one implementation of one operator.
+
+    Attributes:
+        operator: name of the public operator.
+        impl: name of the implementation.
+        chosen: whether `impl="auto"` takes it for this device and dtype.
+        reason: why, or why not.
+    """
+
+    operator: str
+    impl: str
+    chosen: bool
+    reason: str
+
+
+def resolve(operator: str, impl: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
+    """The function that computes `operator`; an explicit `impl` never falls back to another.
+
+    Raises:
+        ValueError: if `impl` is unknown, or cannot run this operator on this device and dtype.
+    """
+    check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
+    rows = [row for row in CAPABILITIES if row.operator == operator and impl in ("auto", row.impl)]
+    candidates = [row for row in rows if row.auto or impl != "auto"]
+    for row in candidates:
+        if row.refusal(device, dtype) is None:
+            return getattr(importlib.import_module(f".{row.module}", __package__), operator)
+    reasons = "; ".join(str(row.refusal(device, dtype)) for row in candidates) or "this version does not have it"
+    raise ValueError(f"impl={impl!r} cannot compute {operator}: {reasons}; use impl='auto' for what runs here")
+
+
+def explain(device: torch.device, dtype: torch.dtype) -> list[Decision]:
+    """What `impl="auto"` takes for each operator on this device and dtype, and why not the others."""
+    decisions = []
+    for operator in OPERATORS:
+        taken = False
+        for row in (row for row in CAPABILITIES if row.operator == operator):
+            refusal = row.refusal(device, dtype)
+            chosen = row.auto and refusal is None and not taken
+            if refusal is None and not row.auto:
+                reason = f"only on request ({row.note})"
+            else:
+                reason = refusal or (row.note if chosen else "a row above is preferred")
+            decisions.append(Decision(operator, row.impl, chosen, reason))
+            taken = taken or chosen
+    return decisions
+
+
+def available(operator: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Names of the implementations that can run `operator` on this device and dtype."""
+    return [row.impl for row in CAPABILITIES if row.operator == operator and row.refusal(device, dtype) is None]

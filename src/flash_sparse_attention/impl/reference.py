@@ -1,0 +1,180 @@
+"""The specification in PyTorch: dense, in any dtype up to float64, differentiated by autograd.
+
+Nothing here is fast, and memory grows with N^2. It is meant to be read from top to bottom, and every other
+implementation is held against it. Scores, softmax and sums are float32 or better; probabilities are rounded to the
+dtype of the inputs before they meet the values, as matrix units want them, so that the same code in bf16 tells how
+exact plain PyTorch is and in float64 what is right.
+
+Shape suffixes: T query tokens, S key tokens (or compressed tokens), H query heads, K key/value heads, G query heads of a
+group, D head dimension, V head dimension of the values, M compressed tokens, L tokens of a window, E hidden width,
+J blocks, X branches.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import geometry
+from ..geometry import Interval
+from ..types import AttentionOutput, Compression, SequenceLayout
+
+
+def compress(
+    x: Tensor, compression: Compression, kernel_size: int, kernel_stride: int, layout: SequenceLayout
+) -> Tensor:
+    """Compressed token i of a sequence summarises its tokens [i * d, i * d + l). `[N, K, D]` -> `[M, K, D]`."""
+    windows = layout.compressed(kernel_size, kernel_stride)
+    starts_M = layout.cu_seqlens[windows.sequence_ids()] + geometry.window_start(windows.positions(), kernel_stride)
+    tokens_ML = starts_M[:, None] + torch.arange(kernel_size, device=x.device)
+    x_MLKD = _wide(x)[tokens_ML]
+    if compression.position_embedding is not None:
+        x_MLKD = x_MLKD + _wide(compression.position_embedding)[:, None]
+    if compression.kind == "mean":
+        return x_MLKD.mean(1).to(x.dtype)
+    weight = _wide(_given(compression.weight))
+    if compression.kind == "weighted":
+        return torch.einsum("mlkd,kl->mkd", x_MLKD, weight).to(x.dtype)
+    flat_MKW = x_MLKD.transpose(1, 2).flatten(2)
+    hidden_MKE = torch.einsum("mkw,kwe->mke", flat_MKW, weight)
+    if compression.kind == "linear":
+        return hidden_MKE.to(x.dtype)
+    hidden_MKE = F.gelu(hidden_MKE + _bias(compression.bias))
+    out_MKD = torch.einsum("mke,ked->mkd", hidden_MKE, _wide(_given(compression.weight_out)))
+    return (out_MKD + _bias(compression.bias_out)).to(x.dtype)
+
+
+def interval_attention(
+    q: Tensor, k: Tensor, v: Tensor, interval: Interval, layout: SequenceLayout, softmax_scale: float
+) -> AttentionOutput:
+    """Query t attends to the keys [start(t), end(t)) of its own sequence."""
+    keys = layout.compressed(interval.kernel_size, interval.kernel_stride)
+    pos_T, pos_S = layout.positions()[:, None], keys.positions()[None, :]
+    same_TS = layout.sequence_ids()[:, None] == keys.sequence_ids()[None, :]
+    visible_TS = same_TS & (interval.start(pos_T) <= pos_S) & (pos_S < interval.end(pos_T))
+    return _masked_attention(q, k, v, visible_TS[:, None, :], softmax_scale)
+
+
+def block_importance(
+    q: Tensor,
+    k_compressed: Tensor,
+    lse: Tensor,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    layout: SequenceLayout,
+    softmax_scale: float,
+) -> Tensor:
+    """importance[t, kv, j]: probability of the compressed tokens that overlap block j, summed over the heads."""
+    keys = layout.compressed(kernel_size, kernel_stride)
+    interval = Interval(kernel_size, kernel_stride)
+    pos_T, pos_S = layout.positions()[:, None], keys.positions()
+    same_TS = layout.sequence_ids()[:, None] == keys.sequence_ids()[None, :]
+    visible_TS = same_TS & (pos_S[None, :] < interval.end(pos_T))
+    scores_TKGS = _scores(q, k_compressed, softmax_scale)
+    lse_TKG1 = lse.reshape(scores_TKGS.shape[:3]).unsqueeze(-1).to(scores_TKGS.dtype)
+    p_TKGS = (scores_TKGS - lse_TKG1).exp().where(visible_TS[:, None, None, :], 0.0)
+    blocks_J = torch.arange(geometry.num_blocks(layout.max_length, block_size), device=q.device)
+    overlap_SJ = geometry.overlap(pos_S[:, None], blocks_J[None, :], kernel_size, kernel_stride, block_size)
+    return torch.einsum("tkgs,sj->tkj", p_TKGS, overlap_SJ.to(p_TKGS.dtype))
+
+
+def select_blocks(
+    q: Tensor,
+    k_compressed: Tensor,
+    lse: Tensor,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    num_selected_blocks: int,
+    num_init_blocks: int,
+    num_local_blocks: int,
+    layout: SequenceLayout,
+    softmax_scale: float,
+) -> Tensor:
+    """The T blocks that each (token, kv head) keeps, int32 `[N, K, T]`, ascending, -1 in unused slots."""
+    importance_TKJ = block_importance(
+        q.detach(), k_compressed.detach(), lse.detach(), kernel_size, kernel_stride, block_size, layout, softmax_scale
+    )
+    pos_T11 = layout.positions()[:, None, None]
+    blocks_J = torch.arange(importance_TKJ.shape[-1], device=q.device)
+    eligible_T1J = blocks_J < geometry.num_eligible_blocks(pos_T11, block_size)
+    local_T1J = blocks_J >= geometry.first_local_block(pos_T11, block_size, num_local_blocks)
+    forced_T1J = (blocks_J < num_init_blocks) | local_T1J
+    ranking_TKJ = importance_TKJ.where(~forced_T1J, math.inf).where(eligible_T1J, -math.inf)
+    # A stable sort keeps the lower block where two tie.
+    ordered = torch.sort(ranking_TKJ, dim=-1, descending=True, stable=True)
+    chosen = ordered.indices.masked_fill(ordered.values == -math.inf, blocks_J.numel())[..., :num_selected_blocks]
+    chosen = F.pad(chosen.sort(-1).values, (0, num_selected_blocks - chosen.shape[-1]), value=blocks_J.numel())
+    return chosen.masked_fill(chosen == blocks_J.numel(), -1).to(torch.int32)
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    block_size: int,
+    layout: SequenceLayout,
+    softmax_scale: float,
+) -> AttentionOutput:
+    """Query t of head h attends to the tokens s <= t whose block is among block_indices[t, h // G]."""
+    pos = layout.positions()
+    blocks = geometry.num_blocks(layout.max_length, block_size)
+    # Column `blocks` collects the indices that name no block.
+    named = block_indices.long().masked_fill((block_indices < 0) | (block_indices >= blocks), blocks)
+    selected_TKJ = torch.zeros(*named.shape[:2], blocks + 1, dtype=torch.bool, device=q.device)
+    selected_TKJ = selected_TKJ.scatter(2, named, True)
+    ids = layout.sequence_ids()
+    causal_TS = (ids[:, None] == ids[None, :]) & (pos[None, :] <= pos[:, None])
+    visible_TKS = selected_TKJ[..., geometry.block_of(pos, block_size)] & causal_TS[:, None]
+    return _masked_attention(q, k, v, visible_TKS, softmax_scale)
+
+
+def combine(out_compressed: Tensor, out_selected: Tensor, out_window: Tensor, gates: Tensor) -> Tensor:
+    """Sum over the branches of sigmoid(gate) times the branch's output. gates: `[N, H, 3]` or `[N, 1, 3]`."""
+    outs_THVX = torch.stack([out_compressed, out_selected, out_window], dim=-1)
+    return (_wide(outs_THVX) * _wide(gates).sigmoid()[:, :, None]).sum(-1).to(out_window.dtype)
+
+
+def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible_TKS: Tensor, softmax_scale: float) -> AttentionOutput:
+    """Softmax attention over the visible keys; output 0, lse -inf and gradient 0 where a query sees none."""
+    scores_TKGS = _scores(q, k, softmax_scale)
+    visible_TKGS = visible_TKS.unsqueeze(2)
+    blind_TKG1 = ~visible_TKGS.any(-1, keepdim=True)
+    # Rows without a key get finite scores, so that neither softmax nor its gradient makes a NaN, and are cleared later.
+    scores_TKGS = scores_TKGS.masked_fill(~visible_TKGS, -math.inf).masked_fill(blind_TKG1, 0.0)
+    if scores_TKGS.shape[-1] == 0:
+        return AttentionOutput(_blind_output(q, v), scores_TKGS.new_full(q.shape[:2], -math.inf))
+    lse_TKG1 = scores_TKGS.logsumexp(-1, keepdim=True)
+    p_TKGS = (scores_TKGS - lse_TKG1).exp().masked_fill(blind_TKG1, 0.0)
+    out_TKGV = torch.einsum("tkgs,skv->tkgv", _wide(p_TKGS.to(v.dtype)), _wide(v))
+    lse = lse_TKG1.masked_fill(blind_TKG1, -math.inf).reshape(q.shape[:2])
+    return AttentionOutput(out_TKGV.reshape(*q.shape[:2], v.shape[-1]).to(q.dtype), lse)
+
+
+def _scores(q: Tensor, k: Tensor, softmax_scale: float) -> Tensor:
+    """softmax_scale * q . k for every pair, `[T, K, G, S]`; query head h belongs to key/value head h // G."""
+    q_TKGD = _wide(q).unflatten(1, (k.shape[1], -1))
+    return torch.einsum("tkgd,skd->tkgs", q_TKGD, _wide(k)) * softmax_scale
+
+
+def _blind_output(q: Tensor, v: Tensor) -> Tensor:
+    return (q.sum(-1, keepdim=True) * 0).expand(*q.shape[:2], v.shape[-1]) + v.sum() * 0
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least float32, in which everything is computed."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _given(x: Tensor | None) -> Tensor:
+    assert x is not None, "validated at the public boundary"
+    return x
+
+
+def _bias(x: Tensor | None) -> Tensor | float:
+    return 0.0 if x is None else _wide(x)

@@ -1,0 +1,155 @@
+"""Data that passes between the layers of the library: the layout of a batch, and what operators return."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import geometry
+from .validation import check_cu_seqlens
+
+
+class AttentionOutput(NamedTuple):
+    """A softmax attention, in the form that can be merged with another one over other keys.
+
+    Attributes:
+        out: weighted mean of the values, the dtype of the inputs; 0 where a query sees no key.
+        lse: logarithm (natural) of the sum of exponentiated scores, float32 (float64 for float64 inputs); -inf where a
+            query sees no key. Differentiable.
+    """
+
+    out: Tensor
+    lse: Tensor
+
+
+class NSAOutput(NamedTuple):
+    """What `nsa_attention` returns.
+
+    Attributes:
+        out: the gated sum of the three branches, `[N, Hq, Dv]` (or `[B, S, Hq, Dv]`).
+        block_indices: the blocks that each query selected, int32 `[N, Hk, T]` (or `[B, S, Hk, T]`), ascending, -1 in
+            unused slots. Carries no gradient.
+    """
+
+    out: Tensor
+    block_indices: Tensor
+
+
+class Compression(NamedTuple):
+    """How `compress` turns a window of l tokens into one: its kind and the weights that this kind needs.
+
+    Attributes:
+        kind: `mean`, `linear`, `mlp` or `weighted`.
+        weight: `linear`: `[Hk, l * D, D]`; `mlp`: the first layer `[Hk, l * D, E]`; `weighted`: `[Hk, l]`, applied as it
+            is (take a softmax before, if one is wanted); `mean`: None.
+        bias: `mlp`: bias of the first layer `[Hk, E]`, or None.
+        weight_out: `mlp`: the second layer `[Hk, E, D]`.
+        bias_out: `mlp`: bias of the second layer `[Hk, D]`, or None.
+        position_embedding: `[l, D]`, added to the tokens of each window first, or None.
+    """
+
+    kind: str = "mean"
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    weight_out: Tensor | None = None
+    bias_out: Tensor | None = None
+    position_embedding: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceLayout:
+    """The bounds of the sequences in a pack, on the host and on a device, built once a batch.
+
+    Operators accept it wherever they accept `cu_seqlens`; a tensor must be copied to the host on every call, which
+    waits for the device, and a layout need not.
+
+    Attributes:
+        lengths: tokens of each sequence; 0 is allowed.
+        cu_seqlens: their running sum with a leading 0, int32 `[B + 1]`, on the device of the batch.
+
+    Example:
+        >>> layout = SequenceLayout.from_lengths([3, 0, 5])
+        >>> layout.cu_seqlens.tolist(), layout.total_tokens, layout.max_length
+        ([0, 3, 3, 8], 8, 5)
+        >>> layout.positions().tolist()
+        [0, 1, 2, 0, 1, 2, 3, 4]
+    """
+
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor = field(repr=False)
+
+    @classmethod
+    def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> SequenceLayout:
+        """The layout of sequences of these lengths (tokens). Does not wait for the device."""
+        if any(length < 0 for length in lengths):
+            raise ValueError(f"lengths must not be negative, got {list(lengths)}")
+        bounds = [0]
+        for length in lengths:
+            bounds.append(bounds[-1] + length)
+        return cls(tuple(lengths), torch.tensor(bounds, dtype=torch.int32).to(device, non_blocking=True))
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, total_tokens: int | None = None) -> SequenceLayout:
+        """The layout with these bounds, int32 `[B + 1]`, copied to the host once.
+
+        Raises:
+            ValueError: if `cu_seqlens` is no int32 vector that starts at 0, never decreases and ends at
+                `total_tokens`.
+        """
+        bounds = check_cu_seqlens(cu_seqlens, total_tokens)
+        return cls(tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False)), cu_seqlens)
+
+    @classmethod
+    def uniform(cls, batch: int, length: int, device: torch.device | str = "cpu") -> SequenceLayout:
+        """The layout of `batch` sequences of one length: a batched tensor `[B, S, ...]`, flattened."""
+        bounds = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
+        return cls((length,) * batch, bounds)
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences, empty ones included."""
+        return len(self.lengths)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all sequences."""
+        return sum(self.lengths)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence; 0 if there is none."""
+        return max(self.lengths, default=0)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of `cu_seqlens`."""
+        return self.cu_seqlens.device
+
+    def sequence_ids(self) -> Tensor:
+        """The sequence that each token belongs to, int64 `[N]`."""
+        ids = torch.arange(self.batch, device=self.device)
+        return ids.repeat_interleave(self.cu_seqlens.diff(), output_size=self.total_tokens)
+
+    def positions(self) -> Tensor:
+        """The position of each token in its sequence, int64 `[N]`."""
+        tokens = torch.arange(self.total_tokens, device=self.device)
+        return tokens - self.cu_seqlens[self.sequence_ids()]
+
+    def compressed(self, kernel_size: int, kernel_stride: int) -> SequenceLayout:
+        """The layout of the compressed tokens: `geometry.num_compressed_tokens` for each sequence."""
+        counts = [geometry.num_compressed_tokens(length, kernel_size, kernel_stride) for length in self.lengths]
+        return SequenceLayout.from_lengths(counts, self.device)
+
+    def blocks(self, block_size: int) -> SequenceLayout:
+        """The layout of the selection blocks: `geometry.num_blocks` for each sequence."""
+        counts = [geometry.num_blocks(length, block_size) for length in self.lengths]
+        return SequenceLayout.from_lengths(counts, self.device)
+
+    def chunks(self, kernel_stride: int) -> SequenceLayout:
+        """The layout of the whole chunks: `geometry.num_chunks` for each sequence."""
+        counts = [geometry.num_chunks(length, kernel_stride) for length in self.lengths]
+        return SequenceLayout.from_lengths(counts, self.device)
