@@ -1,9 +1,9 @@
-"""The public operators: each checks its arguments, picks an implementation, calls it, and returns a tensor or NamedTuple.
+"""The public operators: each checks its arguments, picks an implementation, calls it, returns a tensor or NamedTuple.
 
 Tensors are packed, `[N, H, D]` with `cu_seqlens` (the layout of the varlen functions of flash-attn), or batched,
-`[B, S, H, D]` without; what comes back has the form of what went in. Packed tensors without `cu_seqlens` are one sequence.
-All tensors of a call share a device and a floating dtype (float16, bfloat16, float32 or float64). Nothing ever crosses
-the bound of a sequence.
+`[B, S, H, D]` without; what comes back has the form of what went in. Packed tensors without `cu_seqlens` are one
+sequence. All tensors of a call share a device and a floating dtype (float16, bfloat16, float32 or float64). Nothing
+ever crosses the bound of a sequence.
 
 Every operator takes
     cu_seqlens: bounds of the packed sequences, int32 `[B + 1]`, or a `SequenceLayout`, which saves a copy to the host.
@@ -16,6 +16,7 @@ Sources: NSA, arXiv 2502.11089, equations 5 to 12; FSA, arXiv 2508.18224.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from torch import Tensor
 from .config import NSAConfig, compression_kinds
 from .geometry import Interval
 from .impl import resolve
+from .precision import no_autocast
 from .types import AttentionOutput, Compression, NSAOutput, SequenceLayout
 from .validation import (
     FLOAT_DTYPES,
@@ -83,9 +85,7 @@ def compress(
     pack = _Pack.of("x", x, "Hk", "D", cu_seqlens)
     compression = Compression(kind, weight, bias, weight_out, bias_out, position_embedding)
     _check_compression(x, compression, kernel_size)
-    out = resolve("compress", impl, x.device, x.dtype)(
-        pack.flat(x), compression, kernel_size, kernel_stride, pack.layout
-    )
+    out = _run("compress", impl, x, pack.flat(x), compression, kernel_size, kernel_stride, pack.layout)
     return pack.restore(out)
 
 
@@ -125,9 +125,7 @@ def interval_attention(
     pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens)
     keys = pack.layout.compressed(interval.kernel_size, interval.kernel_stride)
     scale = _check_qkv(pack, q, k, v, keys, softmax_scale, suffix="")
-    result = resolve("interval_attention", impl, q.device, q.dtype)(
-        pack.flat(q), pack.flat(k), pack.flat(v), interval, pack.layout, scale
-    )
+    result = _run("interval_attention", impl, q, pack.flat(q), pack.flat(k), pack.flat(v), interval, pack.layout, scale)
     return AttentionOutput(*map(pack.restore, result))
 
 
@@ -227,7 +225,7 @@ def select_blocks(
     softmax_scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Chooses the blocks that each query attends to, by the attention it pays to compressed tokens. NSA equations 8 to 12.
+    """The blocks that each query keeps, by the attention it pays to compressed tokens. NSA equations 8 to 12.
 
     The importance of a block is the probability that the heads of a group give to the windows that overlap it, each
     weighted with the chunks of d tokens that both share. The first `num_init_blocks` and the newest `num_local_blocks`
@@ -264,15 +262,16 @@ def select_blocks(
     check_positive("num_local_blocks", num_local_blocks, 0)
     forced = num_init_blocks + num_local_blocks
     if check_positive("num_selected_blocks", num_selected_blocks) < forced:
-        raise bad(
-            "num_selected_blocks", f"at least num_init_blocks + num_local_blocks = {forced}", num_selected_blocks
-        )
+        raise bad("num_selected_blocks", f"at least num_init_blocks + num_local_blocks = {forced}", num_selected_blocks)
     pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens)
     keys = pack.layout.compressed(kernel_size, kernel_stride)
     scale = _check_qkv(pack, q, k_compressed, k_compressed, keys, softmax_scale, suffix="_compressed")
     check_tensor("lse", lse, pack.shape(Hq=q.shape[-2]), FLOAT_DTYPES)
     check_same("device", q=q, lse=lse)
-    indices = resolve("select_blocks", impl, q.device, q.dtype)(
+    indices = _run(
+        "select_blocks",
+        impl,
+        q,
         pack.flat(q),
         pack.flat(k_compressed),
         pack.flat(lse),
@@ -334,8 +333,17 @@ def selected_attention(
         cure="one selection per KV head, not per query head",
     )
     check_same("device", q=q, block_indices=block_indices)
-    result = resolve("selected_attention", impl, q.device, q.dtype)(
-        pack.flat(q), pack.flat(k), pack.flat(v), pack.flat(block_indices), block_size, pack.layout, scale
+    result = _run(
+        "selected_attention",
+        impl,
+        q,
+        pack.flat(q),
+        pack.flat(k),
+        pack.flat(v),
+        pack.flat(block_indices),
+        block_size,
+        pack.layout,
+        scale,
     )
     return AttentionOutput(*map(pack.restore, result))
 
@@ -370,9 +378,7 @@ def combine(
     check_same("dtype", **named)
     _check_gates(pack, gates, heads)
     check_same("device", **named, gates=gates)
-    result = resolve("combine", impl, out_window.device, out_window.dtype)(
-        *map(pack.flat, named.values()), pack.flat(gates)
-    )
+    result = _run("combine", impl, out_window, *map(pack.flat, named.values()), pack.flat(gates))
     return pack.restore(result)
 
 
@@ -393,9 +399,11 @@ def nsa_attention(
     softmax_scale: float | None = None,
     impl: str = "auto",
 ) -> NSAOutput:
-    """Native Sparse Attention: compress, attend to the compressed tokens, select, attend to the selected blocks and to the window, combine.
+    """Native Sparse Attention: all operators in a row.
 
-    By default the three branches share `k` and `v`; give the others to make them independent.
+    Keys and values are compressed; each query attends to the compressed tokens, by that selects blocks and attends to
+    them, and attends to a sliding window; a gated sum combines the three. By default the three
+    branches share `k` and `v`; give the others to make them independent.
 
     Args:
         q: queries `[N, Hq, Dk]` or `[B, S, Hq, Dk]`.
@@ -430,13 +438,13 @@ def nsa_attention(
     for side, given, how in (("k", k_compressed, compression_k), ("v", v_compressed, compression_v)):
         if given is not None and how is not None:
             raise bad(f"compression_{side}", f"left out where {side}_compressed is given", "both", "pass one of them")
-    bounds: dict[str, CuSeqlens] = {"cu_seqlens": None if pack.batched else pack.layout}
-    windows = {"kernel_size": config.kernel_size, "kernel_stride": config.kernel_stride}
+    bounds: dict[str, Any] = {"cu_seqlens": None if pack.batched else pack.layout}
+    windows: dict[str, Any] = {"kernel_size": config.kernel_size, "kernel_stride": config.kernel_stride}
     if k_compressed is None:
         k_compressed = compress(k, **(compression_k or Compression())._asdict(), **windows, **bounds, impl=impl)
     if v_compressed is None:
         v_compressed = compress(v, **(compression_v or Compression())._asdict(), **windows, **bounds, impl=impl)
-    common = {**bounds, "softmax_scale": softmax_scale, "impl": impl}
+    common: dict[str, Any] = {**bounds, "softmax_scale": softmax_scale, "impl": impl}
     out_compressed, lse = compressed_attention(q, k_compressed, v_compressed, **windows, **common)
     block_indices = select_blocks(
         q,
@@ -471,28 +479,33 @@ class _Pack:
     def of(cls, name: str, x: Tensor, heads: str, dim: str, cu_seqlens: CuSeqlens) -> _Pack:
         """The form of the call whose first tensor is `x`."""
         batched = isinstance(x, Tensor) and x.dim() == 4
-        token_dims: dict[str, int | None] = {"B": None, "S": None} if batched else {"N": None}
+        shape: dict[str, int | None] = dict.fromkeys((*(("B", "S") if batched else ("N",)), heads, dim))
         check_tensor(
             name,
             x,
-            {**token_dims, heads: None, dim: None},
+            shape,
             FLOAT_DTYPES,
             cure=f"pack it as [N, {heads}, {dim}] with cu_seqlens, or batch it as [B, S, {heads}, {dim}]",
         )
+        for what, size in zip(shape, x.shape, strict=True):
+            if size == 0 and what not in ("N", "S"):
+                raise bad(name, f"a tensor [{', '.join(shape)}] with {what} of at least 1", list(x.shape))
         if batched:
             if cu_seqlens is not None:
-                raise bad("cu_seqlens", f"left out for a batched {name} [B, S, {heads}, {dim}]", "both", "pack the batch")
+                raise bad(
+                    "cu_seqlens", f"left out for a batched {name} [B, S, {heads}, {dim}]", "both", "pack the batch"
+                )
             return cls(SequenceLayout.uniform(x.shape[0], x.shape[1], x.device), True)
         if cu_seqlens is None:
             return cls(SequenceLayout.uniform(1, x.shape[0], x.device), False)
-        if isinstance(cu_seqlens, Tensor):
-            cu_seqlens = SequenceLayout.from_cu_seqlens(cu_seqlens, x.shape[0])
-        elif not isinstance(cu_seqlens, SequenceLayout):
+        if not isinstance(cu_seqlens, (Tensor, SequenceLayout)):
             raise bad("cu_seqlens", "an int32 tensor [B + 1], a SequenceLayout or None", type(cu_seqlens).__name__)
-        elif cu_seqlens.total_tokens != x.shape[0]:
-            raise bad("cu_seqlens", f"a layout of the N={x.shape[0]} tokens of {name}", cu_seqlens.total_tokens)
         if cu_seqlens.device != x.device:
             raise bad("cu_seqlens", f"on the device of {name} ({x.device})", cu_seqlens.device, "move it with .to()")
+        if isinstance(cu_seqlens, Tensor):
+            cu_seqlens = SequenceLayout.from_cu_seqlens(cu_seqlens, x.shape[0])
+        elif cu_seqlens.total_tokens != x.shape[0]:
+            raise bad("cu_seqlens", f"a layout of the N={x.shape[0]} tokens of {name}", cu_seqlens.total_tokens)
         return cls(cu_seqlens, False)
 
     def shape(self, layout: SequenceLayout | None = None, **dims: int | None) -> dict[str, int | None]:
@@ -510,6 +523,13 @@ class _Pack:
         """A packed result in the form of the call."""
         batch = self.layout.batch
         return x.reshape(batch, x.shape[0] // max(batch, 1), *x.shape[1:]) if self.batched else x
+
+
+def _run(operator: str, impl: str, x: Tensor, *args: Any) -> Any:
+    """Computes `operator` by the implementation that `impl` means for tensors like `x`."""
+    compute = resolve(operator, impl, x.device, x.dtype)
+    with no_autocast(x):
+        return compute(*args)
 
 
 def _check_qkv(
@@ -547,7 +567,7 @@ def _check_compression(x: Tensor, compression: Compression, kernel_size: int) ->
     kind, flat = compression.kind, kernel_size * dim
     check_choice("kind", kind, compression_kinds())
     hidden = compression.weight.shape[-1] if kind == "mlp" and isinstance(compression.weight, Tensor) else None
-    needed: dict[str, dict[str, int | None]] = {
+    weights: dict[str, dict[str, dict[str, int | None]]] = {
         "mean": {},
         "weighted": {"weight": {"Hk": num_kv_heads, "l": kernel_size}},
         "linear": {"weight": {"Hk": num_kv_heads, "l * D": flat, "D": dim}},
@@ -555,10 +575,13 @@ def _check_compression(x: Tensor, compression: Compression, kernel_size: int) ->
             "weight": {"Hk": num_kv_heads, "l * D": flat, "E": None},
             "weight_out": {"Hk": num_kv_heads, "E": hidden, "D": dim},
         },
-    }[kind]
+    }
+    needed = weights[kind]
     optional: dict[str, dict[str, int | None]] = {"position_embedding": {"l": kernel_size, "D": dim}}
     if kind == "mlp":
         optional |= {"bias": {"Hk": num_kv_heads, "E": hidden}, "bias_out": {"Hk": num_kv_heads, "D": dim}}
+    # Weights may be wider than half-precision tokens, as parameters often are; float64 goes with float64 alone.
+    dtypes = [dtype for dtype in FLOAT_DTYPES if (dtype == torch.float64) == (x.dtype == torch.float64)]
     for name, value in compression._asdict().items():
         if name == "kind" or (value is None and name not in needed):
             continue
@@ -566,6 +589,5 @@ def _check_compression(x: Tensor, compression: Compression, kernel_size: int) ->
             raise bad(name, f"a tensor for kind={kind!r}", None)
         if name not in needed and name not in optional:
             raise bad(name, f"left out for kind={kind!r}", "a tensor")
-        check_tensor(name, value, {**needed, **optional}[name], FLOAT_DTYPES)
+        check_tensor(name, value, {**needed, **optional}[name], dtypes)
         check_same("device", x=x, **{name: value})
-

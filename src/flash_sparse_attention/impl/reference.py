@@ -5,8 +5,8 @@ implementation is held against it. Scores, softmax and sums are float32 or bette
 dtype of the inputs before they meet the values, as matrix units want them, so that the same code in bf16 tells how
 exact plain PyTorch is and in float64 what is right.
 
-Shape suffixes: T query tokens, S key tokens (or compressed tokens), H query heads, K key/value heads, G query heads of a
-group, D head dimension, V head dimension of the values, M compressed tokens, L tokens of a window, E hidden width,
+Shape suffixes: T query tokens, S key tokens (or compressed tokens), H query heads, K key/value heads, G query heads of
+a group, D head dimension, V head dimension of the values, M compressed tokens, L tokens of a window, E hidden width,
 J blocks, X branches.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import geometry
 from ..geometry import Interval
+from ..precision import wide
 from ..types import AttentionOutput, Compression, SequenceLayout
 
 
@@ -30,12 +31,12 @@ def compress(
     windows = layout.compressed(kernel_size, kernel_stride)
     starts_M = layout.cu_seqlens[windows.sequence_ids()] + geometry.window_start(windows.positions(), kernel_stride)
     tokens_ML = starts_M[:, None] + torch.arange(kernel_size, device=x.device)
-    x_MLKD = _wide(x)[tokens_ML]
+    x_MLKD = wide(x)[tokens_ML]
     if compression.position_embedding is not None:
-        x_MLKD = x_MLKD + _wide(compression.position_embedding)[:, None]
+        x_MLKD = x_MLKD + wide(compression.position_embedding)[:, None]
     if compression.kind == "mean":
         return x_MLKD.mean(1).to(x.dtype)
-    weight = _wide(_given(compression.weight))
+    weight = wide(_given(compression.weight))
     if compression.kind == "weighted":
         return torch.einsum("mlkd,kl->mkd", x_MLKD, weight).to(x.dtype)
     flat_MKW = x_MLKD.transpose(1, 2).flatten(2)
@@ -43,7 +44,7 @@ def compress(
     if compression.kind == "linear":
         return hidden_MKE.to(x.dtype)
     hidden_MKE = F.gelu(hidden_MKE + _bias(compression.bias))
-    out_MKD = torch.einsum("mke,ked->mkd", hidden_MKE, _wide(_given(compression.weight_out)))
+    out_MKD = torch.einsum("mke,ked->mkd", hidden_MKE, wide(_given(compression.weight_out)))
     return (out_MKD + _bias(compression.bias_out)).to(x.dtype)
 
 
@@ -137,7 +138,7 @@ def selected_attention(
 def combine(out_compressed: Tensor, out_selected: Tensor, out_window: Tensor, gates: Tensor) -> Tensor:
     """Sum over the branches of sigmoid(gate) times the branch's output. gates: `[N, H, 3]` or `[N, 1, 3]`."""
     outs_THVX = torch.stack([out_compressed, out_selected, out_window], dim=-1)
-    return (_wide(outs_THVX) * _wide(gates).sigmoid()[:, :, None]).sum(-1).to(out_window.dtype)
+    return (wide(outs_THVX) * wide(gates).sigmoid()[:, :, None]).sum(-1).to(out_window.dtype)
 
 
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible_TKS: Tensor, softmax_scale: float) -> AttentionOutput:
@@ -147,28 +148,17 @@ def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible_TKS: Tensor, soft
     blind_TKG1 = ~visible_TKGS.any(-1, keepdim=True)
     # Rows without a key get finite scores, so that neither softmax nor its gradient makes a NaN, and are cleared later.
     scores_TKGS = scores_TKGS.masked_fill(~visible_TKGS, -math.inf).masked_fill(blind_TKG1, 0.0)
-    if scores_TKGS.shape[-1] == 0:
-        return AttentionOutput(_blind_output(q, v), scores_TKGS.new_full(q.shape[:2], -math.inf))
     lse_TKG1 = scores_TKGS.logsumexp(-1, keepdim=True)
     p_TKGS = (scores_TKGS - lse_TKG1).exp().masked_fill(blind_TKG1, 0.0)
-    out_TKGV = torch.einsum("tkgs,skv->tkgv", _wide(p_TKGS.to(v.dtype)), _wide(v))
+    out_TKGV = torch.einsum("tkgs,skv->tkgv", wide(p_TKGS.to(v.dtype)), wide(v))
     lse = lse_TKG1.masked_fill(blind_TKG1, -math.inf).reshape(q.shape[:2])
     return AttentionOutput(out_TKGV.reshape(*q.shape[:2], v.shape[-1]).to(q.dtype), lse)
 
 
 def _scores(q: Tensor, k: Tensor, softmax_scale: float) -> Tensor:
     """softmax_scale * q . k for every pair, `[T, K, G, S]`; query head h belongs to key/value head h // G."""
-    q_TKGD = _wide(q).unflatten(1, (k.shape[1], -1))
-    return torch.einsum("tkgd,skd->tkgs", q_TKGD, _wide(k)) * softmax_scale
-
-
-def _blind_output(q: Tensor, v: Tensor) -> Tensor:
-    return (q.sum(-1, keepdim=True) * 0).expand(*q.shape[:2], v.shape[-1]) + v.sum() * 0
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least float32, in which everything is computed."""
-    return x if x.dtype == torch.float64 else x.float()
+    q_TKGD = wide(q).unflatten(1, (k.shape[1], -1))
+    return torch.einsum("tkgd,skd->tkgs", q_TKGD, wide(k)) * softmax_scale
 
 
 def _given(x: Tensor | None) -> Tensor:
@@ -177,4 +167,4 @@ def _given(x: Tensor | None) -> Tensor:
 
 
 def _bias(x: Tensor | None) -> Tensor | float:
-    return 0.0 if x is None else _wide(x)
+    return 0.0 if x is None else wide(x)

@@ -1,0 +1,15 @@
+"""The operators in blocks of PyTorch: any device, memory linear in N, forward and backward.
+
+Attention works in tiles of queries and keys and keeps a running softmax; block scores are consumed tile by tile;
+selected attention runs key/value blocks in the outer loop, as FSA does. The three attention operators are registered
+with `torch.library` as opaque operators, since their loops depend on the data: `torch.compile(fullgraph=True)`, export
+and activation checkpointing see one node each. Half precisions are computed in float32, the others as they are.
+"""
+
+from .block_selection import select_blocks
+from .combine import combine
+from .compress import compress
+from .interval import interval_attention
+from .selected import selected_attention
+
+__all__ = ["combine", "compress", "interval_attention", "select_blocks", "selected_attention"]

@@ -1,0 +1,116 @@
+"""Block selection: the scores of a tile of queries become block importances, and those T blocks a query.
+
+Shape suffixes: T queries of a tile, S keys (compressed tokens), K key/value heads, R (query, head of the group) rows,
+D head dimension, J blocks, N selected blocks.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ... import geometry
+from ...geometry import Interval
+from ...precision import no_autocast
+from ...types import SequenceLayout
+from .common import head_major, layout_of, rows, unseen_to_infinity
+from .interval import tiles
+
+
+def select_blocks(
+    q: Tensor,
+    k_compressed: Tensor,
+    lse: Tensor,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    num_selected_blocks: int,
+    num_init_blocks: int,
+    num_local_blocks: int,
+    layout: SequenceLayout,
+    softmax_scale: float,
+) -> Tensor:
+    """As `reference.select_blocks`; the scores of a tile of queries become block importances, and T blocks a query."""
+    sizes = kernel_size, kernel_stride, block_size, num_selected_blocks, num_init_blocks, num_local_blocks
+    return _select_blocks(
+        q.detach(), k_compressed.detach(), lse.detach(), layout.cu_seqlens, *sizes, softmax_scale=softmax_scale
+    )
+
+
+@torch.library.custom_op("flash_sparse_attention::select_blocks_blockwise", mutates_args=())
+def _select_blocks(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    num_selected_blocks: int,
+    num_init_blocks: int,
+    num_local_blocks: int,
+    softmax_scale: float,
+) -> Tensor:
+    layout = layout_of(cu_seqlens)
+    positions, num_kv_heads = layout.positions(), k.shape[1]
+    key_position_S = layout.compressed(kernel_size, kernel_stride).positions()
+    indices = torch.full((q.shape[0], num_kv_heads, num_selected_blocks), -1, dtype=torch.int32, device=q.device)
+    chunks_per_window, chunks_per_block = kernel_size // kernel_stride, block_size // kernel_stride
+    # Windows -(chunks_per_window - 1) .. chunks_per_block - 1, counted from a block's own first chunk, may overlap it.
+    near = torch.arange(1 - chunks_per_window, chunks_per_block, device=q.device)
+    with no_autocast(q):
+        k_KSD = head_major(k)
+        overlap_S = geometry.overlap(near, torch.zeros_like(near), kernel_size, kernel_stride, block_size)
+        overlap_S = overlap_S.to(k_KSD.dtype)
+        lse = unseen_to_infinity(lse.to(k_KSD.dtype))
+        for tile in tiles(Interval(kernel_size, kernel_stride), layout, q.shape[1]):
+            at = tile.queries
+            q_KRD = rows(q[at], num_kv_heads).mul_(softmax_scale)
+            lse_KR1 = rows(lse[at, :, None], num_kv_heads)
+            blocks_T = geometry.num_eligible_blocks(positions[at], block_size)
+            num_blocks = int(blocks_T.max())
+            # Probability of each window of the query's own sequence, summed over the group, with room at both ends.
+            p_KTS = q_KRD.new_zeros(
+                num_kv_heads, len(blocks_T), len(near) - chunks_per_block + num_blocks * chunks_per_block
+            )
+            for span in tile.spans():
+                scores_KRS = tile.hide_(torch.bmm(q_KRD, k_KSD[:, span].mT), span)
+                group_KTS = scores_KRS.sub_(lse_KR1).exp_().unflatten(1, (len(blocks_T), -1)).sum(2)
+                if tile.one_sequence:
+                    column = span.start - tile.keys.start + chunks_per_window - 1
+                    p_KTS[..., column : column + group_KTS.shape[-1]] = group_KTS
+                else:
+                    p_KTS.index_add_(2, key_position_S[span] + chunks_per_window - 1, group_KTS)
+            importance_KTJ = p_KTS.unfold(2, len(near), chunks_per_block) @ overlap_S
+            blocks_J = torch.arange(num_blocks, device=q.device)
+            local_T = geometry.first_local_block(positions[at], block_size, num_local_blocks)
+            forced_TJ = (blocks_J < num_init_blocks) | (blocks_J >= local_T[:, None])
+            importance_KTJ.masked_fill_(forced_TJ, math.inf)
+            importance_KTJ.masked_fill_(blocks_J >= blocks_T[:, None], -math.inf)
+            chosen_KTN = _largest(importance_KTJ, min(num_selected_blocks, num_blocks))
+            indices[at, :, : chosen_KTN.shape[-1]] = chosen_KTN.transpose(0, 1).to(torch.int32)
+    return indices
+
+
+def _largest(importance_KTJ: Tensor, count: int) -> Tensor:
+    """The `count` blocks of largest importance, ascending, -1 at the end for those at -inf; ties to the lower block."""
+    num_blocks = importance_KTJ.shape[-1]
+    if importance_KTJ.dtype == torch.float32:
+        # topk keeps no order among equals, so the block number goes into the low half of a 64-bit key; the bits of
+        # non-negative floats are ordered as the floats are.
+        bits = importance_KTJ.view(torch.int32).long().masked_fill_(importance_KTJ < 0, -1)
+        key = (bits << 32) | (num_blocks - 1 - torch.arange(num_blocks, device=bits.device))
+        top = key.topk(count, sorted=False)
+        chosen = top.indices.masked_fill(top.values < 0, num_blocks)
+    else:
+        ordered = importance_KTJ.sort(dim=-1, descending=True, stable=True)
+        chosen = ordered.indices[..., :count].masked_fill(ordered.values[..., :count] == -math.inf, num_blocks)
+    chosen = chosen.sort(-1).values
+    return chosen.masked_fill(chosen == num_blocks, -1)
+
+
+_select_blocks.register_fake(
+    lambda q, k, lse, cu_seqlens, kernel_size, kernel_stride, block_size, num_selected_blocks, *_: q.new_empty(
+        q.shape[0], k.shape[1], num_selected_blocks, dtype=torch.int32
+    )
+)

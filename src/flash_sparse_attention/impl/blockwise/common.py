@@ -1,0 +1,71 @@
+"""What the blockwise operators share: layouts of rows, the bookkeeping of a softmax, the size of the working set."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...precision import wide
+from ...types import SequenceLayout
+
+# Elements of a tile of scores, the widest temporary of the inner loops: 2 MiB of float32, which caches still hold.
+SCORE_TILE = 1 << 19
+
+
+def layout_of(cu_seqlens: Tensor) -> SequenceLayout:
+    return SequenceLayout.from_cu_seqlens(cu_seqlens)
+
+
+def empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Storage for out `[N, Hq, Dv]` and lse `[N, Hq]`."""
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=lse_dtype)
+
+
+def head_major(x: Tensor) -> Tensor:
+    """`[S, K, D]` -> `[K, S, D]`, wide."""
+    return wide(x).transpose(0, 1).contiguous()
+
+
+def token_major(x_KSD: Tensor, like: Tensor) -> Tensor:
+    return x_KSD.transpose(0, 1).contiguous().to(like.dtype)
+
+
+def rows(x: Tensor, num_kv_heads: int) -> Tensor:
+    """Tokens and the heads of a group as rows: `[T, H, D]` -> `[K, T * G, D]`, wide, a copy."""
+    x_TKGD = x.unflatten(1, (num_kv_heads, -1))
+    x_KTGD = x_TKGD.new_empty(num_kv_heads, *x_TKGD.shape[::2], x.shape[2], dtype=wide(x[:0]).dtype)
+    return x_KTGD.copy_(x_TKGD.transpose(0, 1)).flatten(1, 2)
+
+
+def unrows(rows_KRD: Tensor, num_heads: int) -> Tensor:
+    """The inverse of `rows`."""
+    group = num_heads // rows_KRD.shape[0]
+    return rows_KRD.unflatten(1, (-1, group)).transpose(0, 1).flatten(1, 2)
+
+
+def gather(x: Tensor, rows_SP: Tensor, dim: int) -> Tensor:
+    """The named rows of `x`, whose columns are those of several heads: `[S, P * heads, dim]`."""
+    # index_select copies whole rows, several times faster than advanced indexing on a CPU.
+    return x.index_select(0, rows_SP.flatten()).view(len(rows_SP), -1, dim)
+
+
+def softmax_shift(d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """What the backward pass of softmax subtracts, `[N, H]`, and lse with +inf where no key was seen.
+
+    With P the probabilities and dP their gradient, dS = P * (dP - shift), shift = sum(dP * P) - d_lse, and
+    sum(dP * P) = sum(d_out * out) over the head dimension.
+    """
+    return (wide(d_out) * wide(out)).sum(-1).sub_(d_lse), unseen_to_infinity(lse)
+
+
+def unseen_to_infinity(lse: Tensor) -> Tensor:
+    """exp(score - lse) is then 0 where a query sees no key."""
+    return lse.masked_fill(lse == -math.inf, math.inf)
+
+
+def save_attention(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    """Keeps all inputs and outputs: tensors for the backward operator, and the sizes that follow them."""
+    ctx.num_tensors = sum(isinstance(value, Tensor) for value in inputs)
+    ctx.save_for_backward(*inputs[: ctx.num_tensors], *output)
+    ctx.sizes = inputs[ctx.num_tensors :]

@@ -1,0 +1,275 @@
+"""Selected attention, key/value blocks in the outer loop (FSA), forward and backward.
+
+    block_indices                 pairs sorted by block           segments of P pairs, padded, computed in batches
+    q0: 0          block 0: (q0) (q1) (q2) (q3)     (q0 q1) x block 0
+    q1: 0 1   -->  block 1: (q1) (q3)          -->  (q2 q3) x block 0   -->  partials (out, lse), merged by query
+    q2: 0 2        block 2: (q2) (q3)               (q1 q3) x block 1
+    q3: 0 1 2                                       (q2 q3) x block 2
+
+Shape suffixes: T queries of a chunk, K key/value heads, G query heads of a group, N slots of a selection, B buckets, S
+segments, P pairs (of a segment, after S), R (pair, head of the group) rows, L tokens of a block, D head dimension, V
+head dimension of the values.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import geometry
+from ...precision import no_autocast, wide
+from ...types import AttentionOutput, SequenceLayout
+from .common import SCORE_TILE, empty_outputs, gather, layout_of, save_attention, softmax_shift
+
+# Elements of the partial outputs that exist at once (256 MiB of float32): queries are worked through in chunks.
+PARTIAL_OUTPUTS = 1 << 26
+
+
+class _Chunk(NamedTuple):
+    """Consecutive queries that are worked through together, and their selections."""
+
+    queries: slice
+    position_T: Tensor
+    first_block_T: Tensor  # of the query's sequence, among the blocks of the pack
+    block_indices: Tensor
+
+
+class _Batch(NamedTuple):
+    """Segments of the inverted index that are computed together: S of them, of P pairs each.
+
+    `row_SP` counts (query of the chunk, kv head); `slot_SP` counts (query of the chunk, kv head, slot of its
+    selection), and the slot after the last stands for padding; `key_SL` counts (token of the pack, kv head).
+    """
+
+    row_SP: Tensor
+    slot_SP: Tensor
+    padding_SP: Tensor
+    key_SL: Tensor
+    visible_SPL: Tensor | None
+
+    def hide_(self, scores_SRL: Tensor) -> Tensor:
+        """Sets the scores of later tokens to -inf, in place; rows are (pair, head of the group)."""
+        if self.visible_SPL is not None:
+            rows = scores_SRL.unflatten(1, (self.row_SP.shape[1], -1))
+            rows.masked_fill_(~self.visible_SPL.unsqueeze(2), -math.inf)
+        return scores_SRL
+
+
+class _InvertedIndex(NamedTuple):
+    """Which queries of a chunk selected each block.
+
+    A bucket is a block of a key/value head; its pairs (query, slot) are cut into segments of one size. Worked example:
+    one kv head, blocks of 64 tokens, block 1 selected by the queries 70, 90, 200 and 300, segments of two pairs:
+    (70, 90), which needs the causal mask, since the block ends with token 127, and (200, 300), which does not.
+    """
+
+    row_SP: Tensor
+    slot_SP: Tensor
+    padding_SP: Tensor
+    bucket_S: Tensor
+    masked_segments: int  # these come first
+    unused_slots: Tensor
+
+    @classmethod
+    def build(cls, chunk: _Chunk, num_blocks: int, block_size: int, group: int) -> "_InvertedIndex":
+        """Sorts pairs by bucket and cuts them up. Invalid and repeated entries of the selection fall out here."""
+        num_kv_heads, num_slots = chunk.block_indices.shape[1:]
+        newest_T = geometry.num_eligible_blocks(chunk.position_T, block_size) - 1
+        nowhere = torch.iinfo(torch.int64).max
+        block_TKN = chunk.block_indices.long()
+        invalid_TKN = (block_TKN < 0) | (block_TKN > newest_T[:, None, None])
+        block_TKN = block_TKN.masked_fill(invalid_TKN, nowhere).sort(-1).values
+        valid_TKN = block_TKN != nowhere
+        valid_TKN[..., 1:] &= block_TKN[..., 1:] != block_TKN[..., :-1]
+        head_K1 = torch.arange(num_kv_heads, device=block_TKN.device)[:, None]
+        bucket_TKN = head_K1 * num_blocks + chunk.first_block_T[:, None, None] + block_TKN
+        slot_P = valid_TKN.flatten().nonzero().squeeze(1)
+        # Stable, so that the pairs of a bucket stay in the order of their queries.
+        bucket_P, order_P = bucket_TKN.flatten()[slot_P].sort(stable=True)
+        slot_P = slot_P[order_P]
+
+        count_B = torch.bincount(bucket_P, minlength=num_kv_heads * num_blocks)
+        size = _segment_size(count_B, group)
+        segments_B = (count_B + size - 1) // size
+        bucket_S = torch.arange(len(count_B), device=count_B.device).repeat_interleave(segments_B)
+        rank_S = torch.arange(len(bucket_S), device=count_B.device) - (segments_B.cumsum(0) - segments_B)[bucket_S]
+        end_S = count_B.cumsum(0)[bucket_S]
+        start_S = end_S - count_B[bucket_S] + rank_S * size
+        pair_SP = start_S[:, None] + torch.arange(size, device=count_B.device)
+        padding_SP = pair_SP >= end_S[:, None]
+        slot_SP = slot_P[pair_SP.minimum(end_S[:, None] - 1)]
+        row_SP = slot_SP // num_slots
+        # Pairs ascend within a bucket, so a segment needs the causal mask iff its first query stands before the last
+        # token of the block.
+        block_S = block_TKN.flatten()[slot_SP[:, 0]]
+        last_token_S = geometry.first_token_of_block(block_S + 1, block_size) - 1
+        masked_S = chunk.position_T[row_SP[:, 0] // num_kv_heads] < last_token_S
+        order_S = masked_S.logical_not().long().argsort(stable=True)
+        return cls(
+            row_SP[order_S],
+            slot_SP.masked_fill(padding_SP, valid_TKN.numel())[order_S],
+            padding_SP[order_S],
+            bucket_S[order_S],
+            int(masked_S.sum()),
+            valid_TKN.flatten().logical_not().nonzero().squeeze(1),
+        )
+
+    def batches(self, chunk: _Chunk, layout: SequenceLayout, block_size: int, group: int) -> Iterator[_Batch]:
+        """The segments in batches of bounded size, with the keys of their blocks."""
+        num_kv_heads = chunk.block_indices.shape[1]
+        blocks = layout.blocks(block_size)
+        block_sequence, block_position = blocks.sequence_ids(), blocks.positions()
+        num_segments, pairs = self.row_SP.shape
+        batch_size = max(1, SCORE_TILE // (pairs * group * block_size))
+        for masked, begin, stop in ((True, 0, self.masked_segments), (False, self.masked_segments, num_segments)):
+            for first in range(begin, stop, batch_size):
+                at = slice(first, min(first + batch_size, stop))
+                head_S, block_S = self.bucket_S[at] // blocks.total_tokens, self.bucket_S[at] % blocks.total_tokens
+                sequence_S1, position_S1 = block_sequence[block_S, None], block_position[block_S, None]
+                key_position_SL = geometry.first_token_of_block(position_S1, block_size)
+                key_position_SL = key_position_SL + torch.arange(block_size, device=block_S.device)
+                # The last block of a sequence may be cut short: what lies beyond is masked, and read in bounds.
+                token_SL = (layout.cu_seqlens[sequence_S1] + key_position_SL).minimum(
+                    layout.cu_seqlens[sequence_S1 + 1] - 1
+                )
+                visible_SPL = None
+                if masked:
+                    position_SP = chunk.position_T[self.row_SP[at] // num_kv_heads]
+                    visible_SPL = key_position_SL[:, None, :] <= position_SP[:, :, None]
+                key_SL = token_SL * num_kv_heads + head_S[:, None]
+                yield _Batch(self.row_SP[at], self.slot_SP[at], self.padding_SP[at], key_SL, visible_SPL)
+
+
+def _segment_size(count_B: Tensor, group: int) -> int:
+    """Pairs of a segment: about 512 rows, fewer where buckets hold less, so that padding stays small."""
+    used_B = count_B[count_B > 0]
+    mean = int(used_B.float().mean()) if len(used_B) else 1
+    return max(1, min(512 // group, 1 << max(mean - 1, 0).bit_length()))
+
+
+def _chunks(layout: SequenceLayout, block_indices: Tensor, block_size: int, elements_a_slot: int) -> Iterator[_Chunk]:
+    """All queries, in chunks whose selections hold at most PARTIAL_OUTPUTS elements."""
+    slots = block_indices.shape[1] * block_indices.shape[2]
+    size = max(1, PARTIAL_OUTPUTS // max(1, slots * elements_a_slot))
+    first_block_T = layout.blocks(block_size).cu_seqlens[layout.sequence_ids()].long()
+    position_T = layout.positions()
+    for first in range(0, layout.total_tokens, size):
+        at = slice(first, min(first + size, layout.total_tokens))
+        yield _Chunk(at, position_T[at], first_block_T[at], block_indices[at])
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    block_size: int,
+    layout: SequenceLayout,
+    softmax_scale: float,
+) -> AttentionOutput:
+    """As `reference.selected_attention`, with key/value blocks in the outer loop."""
+    return AttentionOutput(*_selected_attention(q, k, v, block_indices, layout.cu_seqlens, block_size, softmax_scale))
+
+
+@torch.library.custom_op("flash_sparse_attention::selected_attention_blockwise", mutates_args=())
+def _selected_attention(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, cu_seqlens: Tensor, block_size: int, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    layout, group = layout_of(cu_seqlens), q.shape[1] // k.shape[1]
+    num_blocks = layout.blocks(block_size).total_tokens
+    out, lse = empty_outputs(q, v)
+    with no_autocast(q):
+        k_rows, v_rows = wide(k).flatten(0, 1), wide(v).flatten(0, 1)
+        for chunk in _chunks(layout, block_indices, block_size, group * v.shape[2]):
+            index = _InvertedIndex.build(chunk, num_blocks, block_size, group)
+            q_rows = (wide(q[chunk.queries]) * softmax_scale).reshape(-1, group * q.shape[2])
+            # Partial outputs and their lse by slot; the last row takes what padding computes.
+            slots = chunk.block_indices.numel()
+            partial_out = q_rows.new_empty(slots + 1, group * v.shape[2])
+            partial_lse = q_rows.new_full((slots + 1, group), -math.inf)
+            partial_out[index.unused_slots] = 0.0
+            for batch in index.batches(chunk, layout, block_size, group):
+                q_SRD = gather(q_rows, batch.row_SP, q.shape[2])
+                scores_SRL = batch.hide_(torch.bmm(q_SRD, gather(k_rows, batch.key_SL, k.shape[2]).mT))
+                max_SR1 = scores_SRL.amax(-1, keepdim=True)
+                p_SRL = scores_SRL.sub_(max_SR1).exp_()
+                sum_SR1 = p_SRL.sum(-1, keepdim=True)
+                out_SRV = torch.bmm(p_SRL, gather(v_rows, batch.key_SL, v.shape[2])).div_(sum_SR1)
+                to = batch.slot_SP.flatten()
+                partial_out.index_copy_(0, to, out_SRV.view(len(to), -1))
+                partial_lse.index_copy_(0, to, sum_SR1.log_().add_(max_SR1).view(len(to), -1))
+            heads = chunk.block_indices.shape[:2]
+            merged = _merge(
+                partial_out[:-1].view(*heads, -1, group, v.shape[2]), partial_lse[:-1].view(*heads, -1, group)
+            )
+            out[chunk.queries], lse[chunk.queries] = merged.out.flatten(1, 2), merged.lse.flatten(1, 2)
+    return out, lse
+
+
+def _merge(out_TKNGV: Tensor, lse_TKNG: Tensor) -> AttentionOutput:
+    """Attentions over disjoint keys (dimension N) as one. Overwrites the partial outputs."""
+    lse_TKG = lse_TKNG.logsumexp(2)
+    shift = lse_TKG.masked_fill(lse_TKG == -math.inf, 0.0).unsqueeze(2)
+    out_TKNGV.mul_((lse_TKNG - shift).exp_().unsqueeze(-1))
+    return AttentionOutput(out_TKNGV.sum(2), lse_TKG)
+
+
+@torch.library.custom_op("flash_sparse_attention::selected_attention_blockwise_backward", mutates_args=())
+def _selected_attention_backward(
+    d_out: Tensor,
+    d_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    block_size: int,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; probabilities are computed again from lse."""
+    layout, group = layout_of(cu_seqlens), q.shape[1] // k.shape[1]
+    num_blocks = layout.blocks(block_size).total_tokens
+    dq = torch.empty_like(q)
+    with no_autocast(q):
+        k_rows, v_rows = wide(k).flatten(0, 1), wide(v).flatten(0, 1)
+        dk_rows, dv_rows = torch.zeros_like(k_rows), torch.zeros_like(v_rows)
+        shift, lse = softmax_shift(d_out, d_lse, out, lse)
+        for chunk in _chunks(layout, block_indices, block_size, group * v.shape[2]):
+            at = chunk.queries
+            index = _InvertedIndex.build(chunk, num_blocks, block_size, group)
+            q_rows = (wide(q[at]) * softmax_scale).reshape(-1, group * q.shape[2])
+            dout_rows = wide(d_out[at]).reshape(-1, group * v.shape[2])
+            lse_rows, shift_rows = lse[at].reshape(-1, group), shift[at].reshape(-1, group)
+            dq_rows = torch.zeros_like(q_rows)
+            for batch in index.batches(chunk, layout, block_size, group):
+                segments = len(batch.row_SP)
+                q_SRD = gather(q_rows, batch.row_SP, q.shape[2])
+                dout_SRV = gather(dout_rows, batch.row_SP, v.shape[2])
+                k_SLD, v_SLV = gather(k_rows, batch.key_SL, k.shape[2]), gather(v_rows, batch.key_SL, v.shape[2])
+                # Padding has probability 0.
+                lse_SPG = lse_rows[batch.row_SP].masked_fill_(batch.padding_SP.unsqueeze(-1), math.inf)
+                p_SRL = batch.hide_(torch.bmm(q_SRD, k_SLD.mT)).sub_(lse_SPG.view(segments, -1, 1)).exp_()
+                dv_rows.index_add_(0, batch.key_SL.flatten(), torch.bmm(p_SRL.mT, dout_SRV).flatten(0, 1))
+                ds_SRL = torch.bmm(dout_SRV, v_SLV.mT).sub_(gather(shift_rows, batch.row_SP, 1)).mul_(p_SRL)
+                dk_rows.index_add_(0, batch.key_SL.flatten(), torch.bmm(ds_SRL.mT, q_SRD).flatten(0, 1))
+                to = batch.row_SP.flatten()
+                dq_rows.index_add_(0, to, torch.bmm(ds_SRL, k_SLD).view(len(to), -1))
+            dq[at] = dq_rows.mul_(softmax_scale).view(-1, *q.shape[1:])
+    return dq, dk_rows.view(k.shape).to(k.dtype), dv_rows.view(v.shape).to(v.dtype)
+
+
+def _differentiate_selected(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
+    q, k, v, block_indices, cu_seqlens, out, lse = ctx.saved_tensors
+    saved = (q, k, v, block_indices, out, lse, cu_seqlens)
+    return (*_selected_attention_backward(d_out, d_lse, *saved, *ctx.sizes), None, None, *(None for _ in ctx.sizes))
+
+
+_selected_attention.register_fake(lambda q, k, v, *_: empty_outputs(q, v))
+_selected_attention_backward.register_fake(
+    lambda d_out, d_lse, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+)
+_selected_attention.register_autograd(_differentiate_selected, setup_context=save_attention)
