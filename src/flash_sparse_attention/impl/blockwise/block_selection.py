@@ -13,7 +13,7 @@ from ... import geometry
 from ...geometry import Interval
 from ...precision import no_autocast
 from ...types import SequenceLayout
-from .common import head_major, layout_of, rows, unseen_to_infinity
+from .common import LOG2_E, head_major, layout_of, normaliser_log2, rows
 from .interval import tiles
 
 
@@ -62,11 +62,11 @@ def _select_blocks(
         k_KSD = head_major(k)
         overlap_S = geometry.overlap(near, torch.zeros_like(near), kernel_size, kernel_stride, block_size)
         overlap_S = overlap_S.to(k_KSD.dtype)
-        lse = unseen_to_infinity(lse.to(k_KSD.dtype))
+        normaliser = normaliser_log2(lse.to(k_KSD.dtype))
         for tile in tiles(Interval(kernel_size, kernel_stride), layout, q.shape[1]):
             at = tile.queries
-            q_KRD = rows(q[at], num_kv_heads).mul_(softmax_scale)
-            lse_KR1 = rows(lse[at, :, None], num_kv_heads)
+            q_KRD = rows(q[at], num_kv_heads).mul_(softmax_scale * LOG2_E)
+            normaliser_KR1 = rows(normaliser[at, :, None], num_kv_heads)
             blocks_T = geometry.num_eligible_blocks(positions[at], block_size)
             num_blocks = int(blocks_T.max())
             # Probability of each window of the query's own sequence, summed over the group, with room at both ends.
@@ -75,7 +75,7 @@ def _select_blocks(
             )
             for span in tile.spans():
                 scores_KRS = tile.hide_(torch.bmm(q_KRD, k_KSD[:, span].mT), span)
-                group_KTS = scores_KRS.sub_(lse_KR1).exp_().unflatten(1, (len(blocks_T), -1)).sum(2)
+                group_KTS = scores_KRS.sub_(normaliser_KR1).exp2_().unflatten(1, (len(blocks_T), -1)).sum(2)
                 if tile.one_sequence:
                     column = span.start - tile.keys.start + chunks_per_window - 1
                     p_KTS[..., column : column + group_KTS.shape[-1]] = group_KTS

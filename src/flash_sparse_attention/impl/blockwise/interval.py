@@ -15,10 +15,13 @@ from ...geometry import Interval
 from ...precision import no_autocast
 from ...types import AttentionOutput, SequenceLayout
 from .common import (
+    LN_2,
+    LOG2_E,
     SCORE_TILE,
     empty_outputs,
     head_major,
     layout_of,
+    normaliser_log2,
     rows,
     save_attention,
     softmax_shift,
@@ -95,7 +98,7 @@ def _interval_attention(
     with no_autocast(q):
         k_KSD, v_KSV = head_major(k), head_major(v)
         for tile in tiles(interval, layout, q.shape[1]):
-            q_KRD = rows(q[tile.queries], k.shape[1]).mul_(softmax_scale)
+            q_KRD = rows(q[tile.queries], k.shape[1]).mul_(softmax_scale * LOG2_E)
             max_KR1 = q_KRD.new_full((*q_KRD.shape[:2], 1), -math.inf)
             sum_KR1, out_KRV = torch.zeros_like(max_KR1), q_KRD.new_zeros(*q_KRD.shape[:2], v.shape[-1])
             for span in tile.spans():
@@ -103,15 +106,15 @@ def _interval_attention(
                 larger_KR1 = torch.maximum(max_KR1, scores_KRS.amax(-1, keepdim=True))
                 # A row that has seen no key yet keeps the maximum -inf, and any finite one serves it.
                 finite_KR1 = larger_KR1.masked_fill(larger_KR1 == -math.inf, 0.0)
-                p_KRS = scores_KRS.sub_(finite_KR1).exp_()
-                shrink_KR1 = (max_KR1 - finite_KR1).exp_()
+                p_KRS = scores_KRS.sub_(finite_KR1).exp2_()
+                shrink_KR1 = (max_KR1 - finite_KR1).exp2_()
                 sum_KR1.mul_(shrink_KR1).add_(p_KRS.sum(-1, keepdim=True))
                 out_KRV.mul_(shrink_KR1).baddbmm_(p_KRS, v_KSV[:, span])
                 max_KR1 = larger_KR1
             # Where no key was seen the sum is 0: output 0, lse -inf.
             out_KRV.div_(sum_KR1.clamp(min=torch.finfo(sum_KR1.dtype).tiny))
             out[tile.queries] = unrows(out_KRV, q.shape[1])
-            lse[tile.queries] = unrows(max_KR1 + sum_KR1.log(), q.shape[1]).squeeze(-1)
+            lse[tile.queries] = unrows((max_KR1 + sum_KR1.log2()).mul_(LN_2), q.shape[1]).squeeze(-1)
     return out, lse
 
 
@@ -136,20 +139,22 @@ def _interval_attention_backward(
     with no_autocast(q):
         k_KSD, v_KSV = head_major(k), head_major(v)
         dk_KSD, dv_KSV = torch.zeros_like(k_KSD), torch.zeros_like(v_KSV)
-        shift, lse = softmax_shift(d_out, d_lse, out, lse)
+        shift, normaliser = softmax_shift(d_out, d_lse, out), normaliser_log2(lse)
         for tile in tiles(interval, layout, q.shape[1]):
             at = tile.queries
-            q_KRD, dout_KRV = rows(q[at], k.shape[1]).mul_(softmax_scale), rows(d_out[at], k.shape[1])
-            lse_KR1, shift_KR1 = rows(lse[at, :, None], k.shape[1]), rows(shift[at, :, None], k.shape[1])
+            q_KRD, dout_KRV = rows(q[at], k.shape[1]).mul_(softmax_scale * LOG2_E), rows(d_out[at], k.shape[1])
+            normaliser_KR1, shift_KR1 = rows(normaliser[at, :, None], k.shape[1]), rows(shift[at, :, None], k.shape[1])
             dq_KRD = torch.zeros_like(q_KRD)
             for span in tile.spans():
                 scores_KRS = tile.hide_(torch.bmm(q_KRD, k_KSD[:, span].mT), span)
-                p_KRS = scores_KRS.sub_(lse_KR1).exp_()
+                p_KRS = scores_KRS.sub_(normaliser_KR1).exp2_()
                 dv_KSV[:, span].baddbmm_(p_KRS.mT, dout_KRV)
                 ds_KRS = torch.bmm(dout_KRV, v_KSV[:, span].mT).sub_(shift_KR1).mul_(p_KRS)
                 dk_KSD[:, span].baddbmm_(ds_KRS.mT, q_KRD)
                 dq_KRD.baddbmm_(ds_KRS, k_KSD[:, span])
             dq[at] = unrows(dq_KRD.mul_(softmax_scale), q.shape[1])
+        # The rows of q held softmax_scale * log2(e); dk wants softmax_scale.
+        dk_KSD.mul_(LN_2)
     return dq, token_major(dk_KSD, k), token_major(dv_KSV, v)
 
 

@@ -21,10 +21,20 @@ from torch import Tensor
 from ... import geometry
 from ...precision import no_autocast, wide
 from ...types import AttentionOutput, SequenceLayout
-from .common import SCORE_TILE, empty_outputs, gather, layout_of, save_attention, softmax_shift
+from .common import (
+    LN_2,
+    LOG2_E,
+    SCORE_TILE,
+    empty_outputs,
+    gather,
+    layout_of,
+    normaliser_log2,
+    save_attention,
+    softmax_shift,
+)
 
-# Elements of the partial outputs that exist at once (256 MiB of float32): queries are worked through in chunks.
-PARTIAL_OUTPUTS = 1 << 26
+# Elements of the partial outputs that exist at once (128 MiB of float32): queries are worked through in chunks.
+PARTIAL_OUTPUTS = 1 << 25
 
 
 class _Chunk(NamedTuple):
@@ -184,7 +194,7 @@ def _selected_attention(
         k_rows, v_rows = wide(k).flatten(0, 1), wide(v).flatten(0, 1)
         for chunk in _chunks(layout, block_indices, block_size, group * v.shape[2]):
             index = _InvertedIndex.build(chunk, num_blocks, block_size, group)
-            q_rows = (wide(q[chunk.queries]) * softmax_scale).reshape(-1, group * q.shape[2])
+            q_rows = (wide(q[chunk.queries]) * (softmax_scale * LOG2_E)).reshape(-1, group * q.shape[2])
             # Partial outputs and their lse by slot; the last row takes what padding computes.
             slots = chunk.block_indices.numel()
             partial_out = q_rows.new_empty(slots + 1, group * v.shape[2])
@@ -194,12 +204,12 @@ def _selected_attention(
                 q_SRD = gather(q_rows, batch.row_SP, q.shape[2])
                 scores_SRL = batch.hide_(torch.bmm(q_SRD, gather(k_rows, batch.key_SL, k.shape[2]).mT))
                 max_SR1 = scores_SRL.amax(-1, keepdim=True)
-                p_SRL = scores_SRL.sub_(max_SR1).exp_()
+                p_SRL = scores_SRL.sub_(max_SR1).exp2_()
                 sum_SR1 = p_SRL.sum(-1, keepdim=True)
                 out_SRV = torch.bmm(p_SRL, gather(v_rows, batch.key_SL, v.shape[2])).div_(sum_SR1)
                 to = batch.slot_SP.flatten()
                 partial_out.index_copy_(0, to, out_SRV.view(len(to), -1))
-                partial_lse.index_copy_(0, to, sum_SR1.log_().add_(max_SR1).view(len(to), -1))
+                partial_lse.index_copy_(0, to, sum_SR1.log2_().add_(max_SR1).mul_(LN_2).view(len(to), -1))
             heads = chunk.block_indices.shape[:2]
             merged = _merge(
                 partial_out[:-1].view(*heads, -1, group, v.shape[2]), partial_lse[:-1].view(*heads, -1, group)
@@ -237,13 +247,13 @@ def _selected_attention_backward(
     with no_autocast(q):
         k_rows, v_rows = wide(k).flatten(0, 1), wide(v).flatten(0, 1)
         dk_rows, dv_rows = torch.zeros_like(k_rows), torch.zeros_like(v_rows)
-        shift, lse = softmax_shift(d_out, d_lse, out, lse)
+        shift, normaliser = softmax_shift(d_out, d_lse, out), normaliser_log2(lse)
         for chunk in _chunks(layout, block_indices, block_size, group * v.shape[2]):
             at = chunk.queries
             index = _InvertedIndex.build(chunk, num_blocks, block_size, group)
-            q_rows = (wide(q[at]) * softmax_scale).reshape(-1, group * q.shape[2])
+            q_rows = (wide(q[at]) * (softmax_scale * LOG2_E)).reshape(-1, group * q.shape[2])
             dout_rows = wide(d_out[at]).reshape(-1, group * v.shape[2])
-            lse_rows, shift_rows = lse[at].reshape(-1, group), shift[at].reshape(-1, group)
+            normaliser_rows, shift_rows = normaliser[at].reshape(-1, group), shift[at].reshape(-1, group)
             dq_rows = torch.zeros_like(q_rows)
             for batch in index.batches(chunk, layout, block_size, group):
                 segments = len(batch.row_SP)
@@ -251,14 +261,16 @@ def _selected_attention_backward(
                 dout_SRV = gather(dout_rows, batch.row_SP, v.shape[2])
                 k_SLD, v_SLV = gather(k_rows, batch.key_SL, k.shape[2]), gather(v_rows, batch.key_SL, v.shape[2])
                 # Padding has probability 0.
-                lse_SPG = lse_rows[batch.row_SP].masked_fill_(batch.padding_SP.unsqueeze(-1), math.inf)
-                p_SRL = batch.hide_(torch.bmm(q_SRD, k_SLD.mT)).sub_(lse_SPG.view(segments, -1, 1)).exp_()
+                normaliser_SPG = normaliser_rows[batch.row_SP].masked_fill_(batch.padding_SP.unsqueeze(-1), math.inf)
+                p_SRL = batch.hide_(torch.bmm(q_SRD, k_SLD.mT)).sub_(normaliser_SPG.view(segments, -1, 1)).exp2_()
                 dv_rows.index_add_(0, batch.key_SL.flatten(), torch.bmm(p_SRL.mT, dout_SRV).flatten(0, 1))
                 ds_SRL = torch.bmm(dout_SRV, v_SLV.mT).sub_(gather(shift_rows, batch.row_SP, 1)).mul_(p_SRL)
                 dk_rows.index_add_(0, batch.key_SL.flatten(), torch.bmm(ds_SRL.mT, q_SRD).flatten(0, 1))
                 to = batch.row_SP.flatten()
                 dq_rows.index_add_(0, to, torch.bmm(ds_SRL, k_SLD).view(len(to), -1))
             dq[at] = dq_rows.mul_(softmax_scale).view(-1, *q.shape[1:])
+        # The rows of q held softmax_scale * log2(e); dk wants softmax_scale.
+        dk_rows.mul_(LN_2)
     return dq, dk_rows.view(k.shape).to(k.dtype), dv_rows.view(v.shape).to(v.dtype)
 
 
