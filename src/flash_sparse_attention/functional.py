@@ -490,23 +490,7 @@ class _Pack:
         for what, size in zip(shape, x.shape, strict=True):
             if size == 0 and what not in ("N", "S"):
                 raise bad(name, f"a tensor [{', '.join(shape)}] with {what} of at least 1", list(x.shape))
-        if batched:
-            if cu_seqlens is not None:
-                raise bad(
-                    "cu_seqlens", f"left out for a batched {name} [B, S, {heads}, {dim}]", "both", "pack the batch"
-                )
-            return cls(SequenceLayout.uniform(x.shape[0], x.shape[1], x.device), True)
-        if cu_seqlens is None:
-            return cls(SequenceLayout.uniform(1, x.shape[0], x.device), False)
-        if not isinstance(cu_seqlens, (Tensor, SequenceLayout)):
-            raise bad("cu_seqlens", "an int32 tensor [B + 1], a SequenceLayout or None", type(cu_seqlens).__name__)
-        if cu_seqlens.device != x.device:
-            raise bad("cu_seqlens", f"on the device of {name} ({x.device})", cu_seqlens.device, "move it with .to()")
-        if isinstance(cu_seqlens, Tensor):
-            cu_seqlens = SequenceLayout.from_cu_seqlens(cu_seqlens, x.shape[0])
-        elif cu_seqlens.total_tokens != x.shape[0]:
-            raise bad("cu_seqlens", f"a layout of the N={x.shape[0]} tokens of {name}", cu_seqlens.total_tokens)
-        return cls(cu_seqlens, False)
+        return cls(SequenceLayout.of(name, x, batched, cu_seqlens), batched)
 
     def shape(self, layout: SequenceLayout | None = None, **dims: int | None) -> dict[str, int | None]:
         """The expected shape of a tensor over the tokens of `layout` (those of the queries by default)."""

@@ -1,8 +1,8 @@
 """Every index formula of Native Sparse Attention, once.
 
-Positions are counted from the start of their own sequence. `token` t stands at position t; *compressed token* i
-summarises the tokens of *window* i, `[i * d, i * d + l)`; *block* j holds the tokens `[j * l', (j + 1) * l')`; *chunk* c
-holds the tokens `[c * d, (c + 1) * d)`, the grain that windows and blocks share. With l = 8, d = 4, l' = 16:
+Positions are counted from the start of their own sequence. *Token* t stands at position t; *compressed token* i
+summarises the tokens of *window* i, `[i * d, i * d + l)`; *block* j holds the tokens `[j * l', (j + 1) * l')`; *chunk*
+c holds the tokens `[c * d, (c + 1) * d)`, the grain that windows and blocks share. With l = 8, d = 4, l' = 16:
 
     tokens    0   4   8   12  16  20  24  28  32
     chunks    |0  |1  |2  |3  |4  |5  |6  |7  |
@@ -98,8 +98,8 @@ class Interval:
         compressed attention   Interval(kernel_size=l, kernel_stride=d)
         sliding window         Interval(window_size=w)
 
-    and `Interval()` is plain causal attention. `start` and `end` never decrease as t grows, so the queries that see a key
-    are a range as well.
+    and `Interval()` is plain causal attention. `start` and `end` never decrease as t grows, so the queries that see a
+    key are a range as well.
 
     Raises:
         ValueError: if a size is smaller than 1.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import geometry
-from .validation import check_cu_seqlens
+from .validation import bad, check_cu_seqlens
 
 
 class AttentionOutput(NamedTuple):
@@ -109,6 +109,31 @@ class SequenceLayout:
         bounds = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
         return cls((length,) * batch, bounds)
 
+    @classmethod
+    def of(cls, argument: str, x: Tensor, batched: bool, cu_seqlens: Tensor | SequenceLayout | None) -> SequenceLayout:
+        """The sequences in the argument `x`: packed `[N, ...]` with bounds or without, or batched `[B, S, ...]`.
+
+        Raises:
+            ValueError: if `cu_seqlens` is given for a batch, does not fit the tokens of `x`, or is on another device.
+        """
+        if batched:
+            if cu_seqlens is not None:
+                raise bad("cu_seqlens", f"left out for a batched {argument} [B, S, ...]", "both", "pack the batch")
+            return cls.uniform(x.shape[0], x.shape[1], x.device)
+        if cu_seqlens is None:
+            return cls.uniform(1, x.shape[0], x.device)
+        if isinstance(cu_seqlens, Tensor):
+            cu_seqlens = cls.from_cu_seqlens(cu_seqlens, x.shape[0])
+        elif not isinstance(cu_seqlens, SequenceLayout):
+            raise bad("cu_seqlens", "an int32 tensor [B + 1], a SequenceLayout or None", type(cu_seqlens).__name__)
+        elif cu_seqlens.total_tokens != x.shape[0]:
+            raise bad("cu_seqlens", f"a layout of the N={x.shape[0]} tokens of {argument}", cu_seqlens.total_tokens)
+        if cu_seqlens.device != x.device:
+            raise bad(
+                "cu_seqlens", f"on the device of {argument} ({x.device})", cu_seqlens.device, "move it with .to()"
+            )
+        return cu_seqlens
+
     @property
     def batch(self) -> int:
         """Number of sequences, empty ones included."""
@@ -148,6 +173,11 @@ class SequenceLayout:
         """The layout of the selection blocks: `geometry.num_blocks` for each sequence."""
         counts = [geometry.num_blocks(length, block_size) for length in self.lengths]
         return SequenceLayout.from_lengths(counts, self.device)
+
+    def window_starts(self, kernel_size: int, kernel_stride: int) -> Tensor:
+        """The index in the pack of the first token of each compression window, int64 `[M]`."""
+        windows = self.compressed(kernel_size, kernel_stride)
+        return self.cu_seqlens[windows.sequence_ids()] + geometry.window_start(windows.positions(), kernel_stride)
 
     def chunks(self, kernel_stride: int) -> SequenceLayout:
         """The layout of the whole chunks: `geometry.num_chunks` for each sequence."""

@@ -44,7 +44,9 @@ def check_same(attribute: str, **tensors: Tensor) -> None:
         if getattr(tensor, attribute) != getattr(reference, attribute):
             wanted = str(getattr(reference, attribute)).removeprefix("torch.")
             got = str(getattr(tensor, attribute)).removeprefix("torch.")
-            raise bad(name, f"of the same {attribute} as {first} ({wanted})", got, f"use {name}.to({first}.{attribute})")
+            raise bad(
+                name, f"of the same {attribute} as {first} ({wanted})", got, f"use {name}.to({first}.{attribute})"
+            )
 
 
 def check_heads(num_heads: int, num_kv_heads: int) -> None:

@@ -28,8 +28,7 @@ def compress(
     x: Tensor, compression: Compression, kernel_size: int, kernel_stride: int, layout: SequenceLayout
 ) -> Tensor:
     """Compressed token i of a sequence summarises its tokens [i * d, i * d + l). `[N, K, D]` -> `[M, K, D]`."""
-    windows = layout.compressed(kernel_size, kernel_stride)
-    starts_M = layout.cu_seqlens[windows.sequence_ids()] + geometry.window_start(windows.positions(), kernel_stride)
+    starts_M = layout.window_starts(kernel_size, kernel_stride)
     tokens_ML = starts_M[:, None] + torch.arange(kernel_size, device=x.device)
     x_MLKD = wide(x)[tokens_ML]
     if compression.position_embedding is not None:

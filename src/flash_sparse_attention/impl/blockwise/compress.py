@@ -18,7 +18,8 @@ def compress(
     """As `reference.compress`, without the windows: a window is l / d neighbouring chunks of d tokens, and every kind
     begins with a sum over its chunks, each of which is computed once."""
     chunks, windows = layout.chunks(kernel_stride), layout.compressed(kernel_size, kernel_stride)
-    starts_C = layout.cu_seqlens[chunks.sequence_ids()] + chunks.positions() * kernel_stride
+    # A chunk is a window of one stride.
+    starts_C = layout.window_starts(kernel_stride, kernel_stride)
     x_CTKD = wide(x)[starts_C[:, None] + torch.arange(kernel_stride, device=x.device)]
     # Window i of a sequence begins with its chunk i, since geometry.window_start(i) == i * kernel_stride.
     first_M = chunks.cu_seqlens[windows.sequence_ids()] + windows.positions()

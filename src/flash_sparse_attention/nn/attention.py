@@ -1,0 +1,316 @@
+"""`NativeSparseAttention`: the attention of a transformer layer, from hidden states to hidden states.
+
+    hidden -> q, k, v, gates                 projections; k and v once, or once for each branch
+    k, v   -> compressed k, v                the compressors, with rotary embedding before or after
+    q, ... -> compressed, selected, window   functional.nsa_attention
+           -> gated sum -> hidden            output projection
+
+Shape suffixes: N tokens, M compressed tokens, X branches, H heads, D channels of a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..config import NSAConfig
+from ..functional import CuSeqlens, nsa_attention
+from ..types import SequenceLayout
+from ..validation import FLOAT_DTYPES, check_heads, check_positive, check_tensor
+from .compressors import Compressor
+from .packing import positions_of
+from .rotary import Rotation, check_rotary, rotate, rotation
+
+BRANCHES = ("compressed", "selected", "window")
+
+
+class AttentionRecord(NamedTuple):
+    """What one layer did in one forward pass, detached. Batched inputs are recorded packed, N = B * S.
+
+    Attributes:
+        block_indices: the blocks that each query selected, int32 `[N, Hk, T]`, -1 in unused slots.
+        gates: the weights of the compressed, the selected and the window branch, after the sigmoid: `[N, Hq, 3]`, or
+            `[N, 1, 3]` for one gate per token.
+    """
+
+    block_indices: Tensor
+    gates: Tensor
+
+
+class NativeSparseAttention(nn.Module):
+    """Native Sparse Attention as a layer: projections, rotary embedding, compression, three branches, gates.
+
+    Parameters are `q_proj`, `k_proj`, `v_proj` and `o_proj` as in Llama, `branch_gate_proj`, and those of
+    `compressor_k` and `compressor_v`. With `branch_kv="independent"`, `k_proj` and `v_proj` hold three projections,
+    stacked in the order compressed, selected, window: one product makes them all.
+
+    With `rope="before"`, scores of the compressed branch depend on distances alone only where rotated keys are pooled
+    (`mean` or `weighted`, without position embedding); `linear` and `mlp` mix channels that turn at different speeds.
+
+    Runs in the dtype of its parameters, or in that of `torch.autocast` where it is enabled. Source: NSA, arXiv
+    2502.11089, section 3.
+
+    Args:
+        hidden_size: channels of the hidden states.
+        num_heads: Hq, query heads; a multiple of num_kv_heads.
+        num_kv_heads: Hk, key/value heads.
+        config: sizes, kind of compression, gates and so on; `NSAConfig()`, the paper's, by default.
+        head_dim: Dk, channels of a query or key head; even where there is rotary embedding.
+        head_dim_v: Dv, channels of a value head; head_dim by default.
+        rope_theta: base of the rotary frequencies; None for no rotary embedding.
+        qkv_bias: whether q_proj, k_proj and v_proj have a bias.
+        softmax_scale: factor of the scores; head_dim ** -0.5 by default.
+        impl: implementation of the operators: `auto`, `reference`, `blockwise` or `triton`.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: for a size that is no positive integer, heads that do not divide, or an odd head_dim with rotary.
+
+    Example:
+        >>> import torch
+        >>> layer = NativeSparseAttention(64, num_heads=4, num_kv_heads=2, config=NSAConfig.preset("fsa"), head_dim=16)
+        >>> layer(torch.randn(2, 100, 64)).shape
+        torch.Size([2, 100, 64])
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        config: NSAConfig | None = None,
+        *,
+        head_dim: int = 128,
+        head_dim_v: int | None = None,
+        rope_theta: float | None = 10000.0,
+        qkv_bias: bool = False,
+        softmax_scale: float | None = None,
+        impl: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        head_dim_v = head_dim if head_dim_v is None else head_dim_v
+        check_attention(hidden_size, num_heads, num_kv_heads, head_dim, head_dim_v, rope_theta)
+        self.hidden_size = hidden_size
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.head_dim_v = head_dim_v
+        self.rope_theta = rope_theta
+        self.softmax_scale = softmax_scale
+        self.config = config = NSAConfig() if config is None else config
+        self.impl = impl
+        self._recorders: list[Callable[[AttentionRecord], None]] = []
+
+        # Both k and v of the three branches come from one product; 1 where the branches share them.
+        self.num_kv_pairs = len(BRANCHES) if config.branch_kv == "independent" else 1
+        gate_heads = num_heads if config.gate == "per_head" else 1
+
+        def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
+            return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
+
+        def compressor(dim: int, position_embedding: bool) -> Compressor:
+            return Compressor(
+                config.compression,
+                num_kv_heads,
+                dim,
+                config.kernel_size,
+                config.kernel_stride,
+                position_embedding,
+                impl=impl,
+                device=device,
+                dtype=dtype,
+            )
+
+        self.q_proj = linear(hidden_size, num_heads * head_dim, qkv_bias)
+        self.k_proj = linear(hidden_size, self.num_kv_pairs * num_kv_heads * head_dim, qkv_bias)
+        self.v_proj = linear(hidden_size, self.num_kv_pairs * num_kv_heads * head_dim_v, qkv_bias)
+        self.o_proj = linear(num_heads * head_dim_v, hidden_size, False)
+        # Not `gate_proj`, which is the SwiGLU's in Llama and would be caught by tools that go by names.
+        self.branch_gate_proj = linear(hidden_size, gate_heads * len(BRANCHES), True)
+        self.compressor_k = compressor(head_dim, config.position_embedding in ("k", "kv"))
+        self.compressor_v = compressor(head_dim_v, config.position_embedding == "kv")
+        self.reset_gates()
+
+    def reset_parameters(self) -> None:
+        """Fills all parameters with their start: `nn.Linear`'s, `Compressor`'s, and that of `reset_gates`."""
+        for module in (self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.compressor_k, self.compressor_v):
+            module.reset_parameters()
+        self.reset_gates()
+
+    @torch.no_grad()
+    def reset_gates(self) -> None:
+        """Starts every gate at 1/3, for every token.
+
+        Near the start of a sequence the selected and the window branch are each the full attention, and the compressed
+        one resembles it, so that weights which sum to 1 make about full attention: a converted model begins where it
+        was, and one trained from scratch begins with an output of the usual size. Zero weights, since a gate
+        that already differs between tokens at random teaches nothing; their gradient is not zero.
+        """
+        nn.init.zeros_(self.branch_gate_proj.weight)
+        # sigmoid(b) = 1 / X  <=>  b = -log(X - 1)
+        nn.init.constant_(self.branch_gate_proj.bias, -math.log(len(BRANCHES) - 1))
+
+    def forward(
+        self, hidden_states: Tensor, cu_seqlens: CuSeqlens = None, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Attention within each sequence; a token sees nothing after itself.
+
+        Args:
+            hidden_states: packed `[N, hidden_size]` or batched `[B, S, hidden_size]`.
+            cu_seqlens: bounds of the packed sequences, int32 `[B + 1]`, or a `SequenceLayout`; None for one sequence,
+                and for a batch.
+            position_ids: positions for the rotary embedding, int64 or int32 `[N]` or `[B, S]`; counted from the start
+                of each sequence by default. A key compressed before rotation takes that of its window's first token.
+                They do not change which tokens are visible.
+
+        Returns:
+            Of the shape of `hidden_states`.
+
+        Raises:
+            ValueError: for arguments of a wrong shape or dtype, or `cu_seqlens` with a batch.
+        """
+        token_dims = check_hidden_states(hidden_states, self.hidden_size)
+        layout = SequenceLayout.of("hidden_states", hidden_states, token_dims == 2, cu_seqlens)
+        positions = positions_of("hidden_states", hidden_states, token_dims, position_ids, layout)
+        hidden = hidden_states.flatten(0, -2)
+        q_NHD = self.q_proj(hidden).unflatten(-1, (self.num_heads, self.head_dim))
+        k_NXHD = self.k_proj(hidden).unflatten(-1, (self.num_kv_pairs, self.num_kv_heads, self.head_dim))
+        v_NXHD = self.v_proj(hidden).unflatten(-1, (self.num_kv_pairs, self.num_kv_heads, self.head_dim_v))
+        gates_NHX = self.branch_gate_proj(hidden).unflatten(-1, (-1, len(BRANCHES)))
+        # The operators accumulate in float32 by themselves; autocast would round their scores to its own dtype.
+        with torch.autocast(hidden.device.type, enabled=False):
+            out_NHD = self._attend(q_NHD, k_NXHD, v_NXHD, gates_NHX, layout, positions)
+        return self.o_proj(out_NHD.flatten(1)).view(hidden_states.shape)
+
+    def _attend(
+        self,
+        q_NHD: Tensor,
+        k_NXHD: Tensor,
+        v_NXHD: Tensor,
+        gates_NHX: Tensor,
+        layout: SequenceLayout,
+        positions: Tensor,
+    ) -> Tensor:
+        """The gated sum of the branches. Indexing by branch works for shared and for independent keys alike."""
+        by: Rotation | None = None
+        if self.rope_theta is not None:
+            by = rotation(positions, self.head_dim, self.rope_theta, q_NHD.dtype)
+        compressed, selected, window = range(3) if self.num_kv_pairs == 3 else (0, 0, 0)
+        k_selected = _rotated(k_NXHD[:, selected], by)
+        k_window = k_selected if window == selected else _rotated(k_NXHD[:, window], by)
+        if self.config.rope == "after":
+            starts = layout.window_starts(self.config.kernel_size, self.config.kernel_stride)
+            k_compressed = self.compressor_k(k_NXHD[:, compressed], layout)
+            k_compressed = _rotated(k_compressed, None if by is None else by.at(starts))
+        else:
+            k_rotated = k_selected if compressed == selected else _rotated(k_NXHD[:, compressed], by)
+            k_compressed = self.compressor_k(k_rotated, layout)
+        out, block_indices = nsa_attention(
+            _rotated(q_NHD, by),
+            k_selected,
+            v_NXHD[:, selected],
+            gates_NHX,
+            self.config,
+            k_compressed=k_compressed,
+            v_compressed=self.compressor_v(v_NXHD[:, compressed], layout),
+            k_window=k_window,
+            v_window=v_NXHD[:, window],
+            cu_seqlens=layout,
+            softmax_scale=self.softmax_scale,
+            impl=self.impl,
+        )
+        for record in self._recorders:
+            record(AttentionRecord(block_indices, gates_NHX.detach().sigmoid()))
+        return out
+
+    def extra_repr(self) -> str:
+        """What the submodules do not show."""
+        return (
+            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
+            f"head_dim_v={self.head_dim_v}, rope_theta={self.rope_theta}, softmax_scale={self.softmax_scale}, "
+            f"impl={self.impl!r}, config={self.config}"
+        )
+
+
+@contextmanager
+def record_attention(module: nn.Module) -> Iterator[dict[str, AttentionRecord]]:
+    """While active, keeps what every `NativeSparseAttention` in `module` selects and how it gates.
+
+    Args:
+        module: a model or a layer.
+
+    Yields:
+        A dictionary from the name of the layer in `module` (empty for `module` itself) to the `AttentionRecord` of its
+        latest forward pass. It stays valid afterwards, and stays empty for a module without such layers.
+
+    Example:
+        >>> import torch
+        >>> layer = NativeSparseAttention(64, num_heads=4, num_kv_heads=2, head_dim=16)
+        >>> with record_attention(layer) as records:
+        ...     _ = layer(torch.randn(100, 64))
+        >>> records[""].block_indices.shape, records[""].gates.shape
+        (torch.Size([100, 2, 16]), torch.Size([100, 4, 3]))
+    """
+    records: dict[str, AttentionRecord] = {}
+    recorders = []
+    for name, layer in module.named_modules():
+        if isinstance(layer, NativeSparseAttention):
+            recorders.append((layer, _recorder(records, name)))
+    for layer, recorder in recorders:
+        layer._recorders.append(recorder)
+    try:
+        yield records
+    finally:
+        for layer, recorder in recorders:
+            layer._recorders.remove(recorder)
+
+
+def check_attention(
+    hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, head_dim_v: int, rope_theta: float | None
+) -> None:
+    """The sizes of an attention layer fit each other.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    sizes = {
+        "hidden_size": hidden_size,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "head_dim_v": head_dim_v,
+    }
+    for name, size in sizes.items():
+        check_positive(name, size)
+    check_heads(num_heads, num_kv_heads)
+    if rope_theta is not None:
+        check_rotary(head_dim, rope_theta)
+
+
+def check_hidden_states(hidden_states: Tensor, hidden_size: int) -> int:
+    """Number of token dimensions of `hidden_states`: 1 if packed, 2 if batched.
+
+    Raises:
+        ValueError: if it is neither, or of another hidden size.
+    """
+    batched = isinstance(hidden_states, Tensor) and hidden_states.dim() == 3
+    token_dims: dict[str, int | None] = {"B": None, "S": None} if batched else {"N": None}
+    cure = "pack it as [N, hidden_size] with cu_seqlens, or batch it as [B, S, hidden_size]"
+    check_tensor("hidden_states", hidden_states, {**token_dims, "hidden_size": hidden_size}, FLOAT_DTYPES, cure)
+    return len(token_dims)
+
+
+def _rotated(x: Tensor, by: Rotation | None) -> Tensor:
+    return x if by is None else rotate(x, by)
+
+
+def _recorder(records: dict[str, AttentionRecord], name: str) -> Callable[[AttentionRecord], None]:
+    return lambda record: records.__setitem__(name, record)
