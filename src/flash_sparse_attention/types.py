@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -44,8 +45,8 @@ class Compression(NamedTuple):
 
     Attributes:
         kind: `mean`, `linear`, `mlp` or `weighted`.
-        weight: `linear`: `[Hk, l * D, D]`; `mlp`: the first layer `[Hk, l * D, E]`; `weighted`: `[Hk, l]`, applied as it
-            is (take a softmax before, if one is wanted); `mean`: None.
+        weight: `linear`: `[Hk, l * D, D]`; `mlp`: the first layer `[Hk, l * D, E]`; `weighted`: `[Hk, l]`, applied as
+            it is (take a softmax before, if one is wanted); `mean`: None.
         bias: `mlp`: bias of the first layer `[Hk, E]`, or None.
         weight_out: `mlp`: the second layer `[Hk, E, D]`.
         bias_out: `mlp`: bias of the second layer `[Hk, D]`, or None.
@@ -101,7 +102,7 @@ class SequenceLayout:
                 `total_tokens`.
         """
         bounds = check_cu_seqlens(cu_seqlens, total_tokens)
-        return cls(tuple(b - a for a, b in zip(bounds, bounds[1:], strict=False)), cu_seqlens)
+        return cls(tuple(b - a for a, b in pairwise(bounds)), cu_seqlens)
 
     @classmethod
     def uniform(cls, batch: int, length: int, device: torch.device | str = "cpu") -> SequenceLayout:
@@ -129,10 +130,13 @@ class SequenceLayout:
         elif cu_seqlens.total_tokens != x.shape[0]:
             raise bad("cu_seqlens", f"a layout of the N={x.shape[0]} tokens of {argument}", cu_seqlens.total_tokens)
         if cu_seqlens.device != x.device:
-            raise bad(
-                "cu_seqlens", f"on the device of {argument} ({x.device})", cu_seqlens.device, "move it with .to()"
-            )
+            device = f"on the device of {argument} ({x.device})"
+            raise bad("cu_seqlens", device, cu_seqlens.device, f"move it with .to({argument}.device)")
         return cu_seqlens
+
+    def to(self, device: torch.device | str) -> SequenceLayout:
+        """The layout on another device."""
+        return SequenceLayout(self.lengths, self.cu_seqlens.to(device, non_blocking=True))
 
     @property
     def batch(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ def check_cu_seqlens(cu_seqlens: object, total_tokens: int | None) -> list[int]:
     bounds: list[int] = cu_seqlens.tolist()
     if not bounds or bounds[0] != 0:
         raise bad("cu_seqlens", "a running sum of lengths that starts at 0", f"{_excerpt(bounds)}", cure)
-    for index, (low, high) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for index, (low, high) in enumerate(pairwise(bounds)):
         if high < low:
             raise bad("cu_seqlens", "never decreasing", f"{low} then {high} at index {index}", cure)
     if total_tokens is not None and bounds[-1] != total_tokens:
