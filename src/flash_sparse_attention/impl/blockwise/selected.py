@@ -2,7 +2,7 @@
 
     block_indices                 pairs sorted by block           segments of P pairs, padded, computed in batches
     q0: 0          block 0: (q0) (q1) (q2) (q3)     (q0 q1) x block 0
-    q1: 0 1   -->  block 1: (q1) (q3)          -->  (q2 q3) x block 0   -->  partials (out, lse), merged by query
+    q1: 0 1   -->  block 1: (q1) (q3)          -->  (q2 q3) x block 0   -->  partial sums, merged by query
     q2: 0 2        block 2: (q2) (q3)               (q1 q3) x block 1
     q3: 0 1 2                                       (q2 q3) x block 2
 
@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ... import geometry
@@ -49,12 +50,12 @@ class _Chunk(NamedTuple):
 class _Batch(NamedTuple):
     """Segments of the inverted index that are computed together: S of them, of P pairs each.
 
-    `row_SP` counts (query of the chunk, kv head); `slot_SP` counts (query of the chunk, kv head, slot of its
-    selection), and the slot after the last stands for padding; `key_SL` counts (token of the pack, kv head).
+    `pairs` is their place among all pairs of the index; `row_SP` counts (query of the chunk, kv head); `key_SL` counts
+    (token of the pack, kv head).
     """
 
+    pairs: slice
     row_SP: Tensor
-    slot_SP: Tensor
     padding_SP: Tensor
     key_SL: Tensor
     visible_SPL: Tensor | None
@@ -76,11 +77,10 @@ class _InvertedIndex(NamedTuple):
     """
 
     row_SP: Tensor
-    slot_SP: Tensor
     padding_SP: Tensor
     bucket_S: Tensor
     masked_segments: int  # these come first
-    unused_slots: Tensor
+    pair_TKN: Tensor  # the pair of each slot, padding counted, and one past the last for an unused slot
 
     @classmethod
     def build(cls, chunk: _Chunk, num_blocks: int, block_size: int, group: int) -> "_InvertedIndex":
@@ -117,14 +117,15 @@ class _InvertedIndex(NamedTuple):
         last_token_S = geometry.first_token_of_block(block_S + 1, block_size) - 1
         masked_S = chunk.position_T[row_SP[:, 0] // num_kv_heads] < last_token_S
         order_S = masked_S.logical_not().long().argsort(stable=True)
-        return cls(
-            row_SP[order_S],
-            slot_SP.masked_fill(padding_SP, valid_TKN.numel())[order_S],
-            padding_SP[order_S],
-            bucket_S[order_S],
-            int(masked_S.sum()),
-            valid_TKN.flatten().logical_not().nonzero().squeeze(1),
+        slot_SP, padding_SP = slot_SP[order_S], padding_SP[order_S]
+        # Padding is sent to a slot behind the last, which is cut off.
+        num_pairs = slot_SP.numel()
+        pair_of_slot = torch.full((valid_TKN.numel() + 1,), num_pairs, device=slot_SP.device)
+        pair_of_slot[slot_SP.masked_fill(padding_SP, valid_TKN.numel()).flatten()] = torch.arange(
+            num_pairs, device=slot_SP.device
         )
+        pair_TKN = pair_of_slot[:-1].view(valid_TKN.shape)
+        return cls(row_SP[order_S], padding_SP, bucket_S[order_S], int(masked_S.sum()), pair_TKN)
 
     def batches(self, chunk: _Chunk, layout: SequenceLayout, block_size: int, group: int) -> Iterator[_Batch]:
         """The segments in batches of bounded size, with the keys of their blocks."""
@@ -149,7 +150,8 @@ class _InvertedIndex(NamedTuple):
                     position_SP = chunk.position_T[self.row_SP[at] // num_kv_heads]
                     visible_SPL = key_position_SL[:, None, :] <= position_SP[:, :, None]
                 key_SL = token_SL * num_kv_heads + head_S[:, None]
-                yield _Batch(self.row_SP[at], self.slot_SP[at], self.padding_SP[at], key_SL, visible_SPL)
+                in_all = slice(at.start * pairs, at.stop * pairs)
+                yield _Batch(in_all, self.row_SP[at], self.padding_SP[at], key_SL, visible_SPL)
 
 
 def _segment_size(count_B: Tensor, group: int) -> int:
@@ -192,38 +194,62 @@ def _selected_attention(
     out, lse = empty_outputs(q, v)
     with no_autocast(q):
         k_rows, v_rows = wide(k).flatten(0, 1), wide(v).flatten(0, 1)
+        storage = k_rows.new_empty(0)
         for chunk in _chunks(layout, block_indices, block_size, group * v.shape[2]):
             index = _InvertedIndex.build(chunk, num_blocks, block_size, group)
             q_rows = (wide(q[chunk.queries]) * (softmax_scale * LOG2_E)).reshape(-1, group * q.shape[2])
-            # Partial outputs and their lse by slot; the last row takes what padding computes.
-            slots = chunk.block_indices.numel()
-            partial_out = q_rows.new_empty(slots + 1, group * v.shape[2])
-            partial_lse = q_rows.new_full((slots + 1, group), -math.inf)
-            partial_out[index.unused_slots] = 0.0
+            pairs = index.row_SP.numel()
+            # The largest partial sums of all chunks set the size of the storage that all of them use.
+            if len(storage) < (pairs + 1) * group * v.shape[2]:
+                storage = k_rows.new_empty((pairs + 1) * group * v.shape[2])
+            partial = _PartialSums(
+                storage[: (pairs + 1) * group * v.shape[2]].view(pairs + 1, group, v.shape[2]),
+                q_rows.new_empty(pairs + 1, group),
+                q_rows.new_empty(pairs + 1, group),
+            )
             for batch in index.batches(chunk, layout, block_size, group):
                 q_SRD = gather(q_rows, batch.row_SP, q.shape[2])
                 scores_SRL = batch.hide_(torch.bmm(q_SRD, gather(k_rows, batch.key_SL, k.shape[2]).mT))
-                max_SR1 = scores_SRL.amax(-1, keepdim=True)
-                p_SRL = scores_SRL.sub_(max_SR1).exp2_()
-                sum_SR1 = p_SRL.sum(-1, keepdim=True)
-                out_SRV = torch.bmm(p_SRL, gather(v_rows, batch.key_SL, v.shape[2])).div_(sum_SR1)
-                to = batch.slot_SP.flatten()
-                partial_out.index_copy_(0, to, out_SRV.view(len(to), -1))
-                partial_lse.index_copy_(0, to, sum_SR1.log2_().add_(max_SR1).mul_(LN_2).view(len(to), -1))
-            heads = chunk.block_indices.shape[:2]
-            merged = _merge(
-                partial_out[:-1].view(*heads, -1, group, v.shape[2]), partial_lse[:-1].view(*heads, -1, group)
-            )
-            out[chunk.queries], lse[chunk.queries] = merged.out.flatten(1, 2), merged.lse.flatten(1, 2)
+                max_SR = torch.amax(scores_SRL, -1, out=partial.max_PG[batch.pairs].view(scores_SRL.shape[:2]))
+                p_SRL = scores_SRL.sub_(max_SR.unsqueeze(-1)).exp2_()
+                torch.sum(p_SRL, -1, out=partial.sum_PG[batch.pairs].view(scores_SRL.shape[:2]))
+                out_SRV = partial.out_PGV[batch.pairs].view(*scores_SRL.shape[:2], -1)
+                torch.bmm(p_SRL, gather(v_rows, batch.key_SL, v.shape[2]), out=out_SRV)
+            merged = partial.merge(index.pair_TKN)
+            out[chunk.queries], lse[chunk.queries] = merged.out, merged.lse
     return out, lse
 
 
-def _merge(out_TKNGV: Tensor, lse_TKNG: Tensor) -> AttentionOutput:
-    """Attentions over disjoint keys (dimension N) as one. Overwrites the partial outputs."""
-    lse_TKG = lse_TKNG.logsumexp(2)
-    shift = lse_TKG.masked_fill(lse_TKG == -math.inf, 0.0).unsqueeze(2)
-    out_TKNGV.mul_((lse_TKNG - shift).exp_().unsqueeze(-1))
-    return AttentionOutput(out_TKNGV.sum(2), lse_TKG)
+class _PartialSums(NamedTuple):
+    """The softmax of each pair over its block, before division: maximum (log2 units), sum, weighted sum of the values.
+
+    The row behind the last pair belongs to slots that hold no block.
+    """
+
+    out_PGV: Tensor
+    max_PG: Tensor
+    sum_PG: Tensor
+
+    def merge(self, pair_TKN: Tensor) -> AttentionOutput:
+        """The attention of each query over all of its blocks, `[T, K * G, V]` and `[T, K * G]`."""
+        group, dim = self.out_PGV.shape[1:]
+        self.out_PGV[-1], self.max_PG[-1], self.sum_PG[-1] = 0.0, -math.inf, 0.0
+        max_TKNG = self.max_PG[pair_TKN]
+        max_TK1G = max_TKNG.amax(2, keepdim=True)
+        # A query without a block keeps the maximum -inf, and any finite one serves it.
+        weight_TKNG = max_TKNG.sub_(max_TK1G.masked_fill(max_TK1G == -math.inf, 0.0)).exp2_()
+        sum_TKG = (self.sum_PG[pair_TKN] * weight_TKNG).sum(2)
+        lse_TKG = (max_TK1G.squeeze(2) + sum_TKG.log2()).mul_(LN_2)
+        weight_TKNG.div_(sum_TKG.clamp(min=torch.finfo(sum_TKG.dtype).tiny).unsqueeze(2))
+        # A bag is a (query, head); it sums its rows as it gathers them, in one pass over memory.
+        row_TKGN = pair_TKN.unsqueeze(2) * group + torch.arange(group, device=pair_TKN.device)[:, None]
+        out_BV = F.embedding_bag(
+            row_TKGN.flatten(0, 2),
+            self.out_PGV.view(-1, dim),
+            mode="sum",
+            per_sample_weights=weight_TKNG.transpose(2, 3).flatten(0, 2),
+        )
+        return AttentionOutput(out_BV.view(len(pair_TKN), -1, dim), lse_TKG.flatten(1))
 
 
 @torch.library.custom_op("flash_sparse_attention::selected_attention_blockwise_backward", mutates_args=())
