@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -91,9 +92,23 @@ def resolve(operator: str, impl: str, device: torch.device, dtype: torch.dtype) 
     candidates = [row for row in rows if row.auto or impl != "auto"]
     for row in candidates:
         if row.refusal(device, dtype) is None:
-            return getattr(importlib.import_module(f".{row.module}", __package__), operator)
+            return getattr(_load(row.module), operator)
     reasons = "; ".join(str(row.refusal(device, dtype)) for row in candidates) or "this version does not have it"
     raise ValueError(f"impl={impl!r} cannot compute {operator}: {reasons}; use impl='auto' for what runs here")
+
+
+def _load(module: str) -> ModuleType:
+    """The module of `impl` that is called so."""
+    # Import statements, as torch.compile traces them, and stops at importlib.
+    if module == "blockwise":
+        from . import blockwise
+
+        return blockwise
+    if module == "reference":
+        from . import reference
+
+        return reference
+    return importlib.import_module(f".{module}", __package__)
 
 
 def explain(device: torch.device, dtype: torch.dtype) -> list[Decision]:

@@ -13,7 +13,7 @@ from ... import geometry
 from ...geometry import Interval
 from ...precision import no_autocast
 from ...types import SequenceLayout
-from .common import LOG2_E, head_major, layout_of, normaliser_log2, rows
+from .common import LOG2_E, Scratch, head_major, layout_of, normaliser_log2, rows
 from .interval import tiles
 
 
@@ -60,6 +60,7 @@ def _select_blocks(
     near = torch.arange(1 - chunks_per_window, chunks_per_block, device=q.device)
     with no_autocast(q):
         k_KSD = head_major(k)
+        scratch = Scratch(k_KSD)
         overlap_S = geometry.overlap(near, torch.zeros_like(near), kernel_size, kernel_stride, block_size)
         overlap_S = overlap_S.to(k_KSD.dtype)
         normaliser = normaliser_log2(lse.to(k_KSD.dtype))
@@ -74,7 +75,7 @@ def _select_blocks(
                 num_kv_heads, len(blocks_T), len(near) - chunks_per_block + num_blocks * chunks_per_block
             )
             for span in tile.spans():
-                scores_KRS = tile.hide_(torch.bmm(q_KRD, k_KSD[:, span].mT), span)
+                scores_KRS = tile.hide_(scratch.product("scores", q_KRD, k_KSD[:, span].mT), span)
                 group_KTS = scores_KRS.sub_(normaliser_KR1).exp2_().unflatten(1, (len(blocks_T), -1)).sum(2)
                 if tile.one_sequence:
                     column = span.start - tile.keys.start + chunks_per_window - 1

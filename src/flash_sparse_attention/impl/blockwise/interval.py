@@ -18,6 +18,7 @@ from .common import (
     LN_2,
     LOG2_E,
     SCORE_TILE,
+    Scratch,
     empty_outputs,
     head_major,
     layout_of,
@@ -97,12 +98,13 @@ def _interval_attention(
     out, lse = empty_outputs(q, v)
     with no_autocast(q):
         k_KSD, v_KSV = head_major(k), head_major(v)
+        scratch = Scratch(k_KSD)
         for tile in tiles(interval, layout, q.shape[1]):
             q_KRD = rows(q[tile.queries], k.shape[1]).mul_(softmax_scale * LOG2_E)
             max_KR1 = q_KRD.new_full((*q_KRD.shape[:2], 1), -math.inf)
             sum_KR1, out_KRV = torch.zeros_like(max_KR1), q_KRD.new_zeros(*q_KRD.shape[:2], v.shape[-1])
             for span in tile.spans():
-                scores_KRS = tile.hide_(torch.bmm(q_KRD, k_KSD[:, span].mT), span)
+                scores_KRS = tile.hide_(scratch.product("scores", q_KRD, k_KSD[:, span].mT), span)
                 larger_KR1 = torch.maximum(max_KR1, scores_KRS.amax(-1, keepdim=True))
                 # A row that has seen no key yet keeps the maximum -inf, and any finite one serves it.
                 finite_KR1 = larger_KR1.masked_fill(larger_KR1 == -math.inf, 0.0)
@@ -139,6 +141,7 @@ def _interval_attention_backward(
     with no_autocast(q):
         k_KSD, v_KSV = head_major(k), head_major(v)
         dk_KSD, dv_KSV = torch.zeros_like(k_KSD), torch.zeros_like(v_KSV)
+        scratch = Scratch(k_KSD)
         shift, normaliser = softmax_shift(d_out, d_lse, out), normaliser_log2(lse)
         for tile in tiles(interval, layout, q.shape[1]):
             at = tile.queries
@@ -146,10 +149,10 @@ def _interval_attention_backward(
             normaliser_KR1, shift_KR1 = rows(normaliser[at, :, None], k.shape[1]), rows(shift[at, :, None], k.shape[1])
             dq_KRD = torch.zeros_like(q_KRD)
             for span in tile.spans():
-                scores_KRS = tile.hide_(torch.bmm(q_KRD, k_KSD[:, span].mT), span)
+                scores_KRS = tile.hide_(scratch.product("scores", q_KRD, k_KSD[:, span].mT), span)
                 p_KRS = scores_KRS.sub_(normaliser_KR1).exp2_()
                 dv_KSV[:, span].baddbmm_(p_KRS.mT, dout_KRV)
-                ds_KRS = torch.bmm(dout_KRV, v_KSV[:, span].mT).sub_(shift_KR1).mul_(p_KRS)
+                ds_KRS = scratch.product("ds", dout_KRV, v_KSV[:, span].mT).sub_(shift_KR1).mul_(p_KRS)
                 dk_KSD[:, span].baddbmm_(ds_KRS.mT, q_KRD)
                 dq_KRD.baddbmm_(ds_KRS, k_KSD[:, span])
             dq[at] = unrows(dq_KRD.mul_(softmax_scale), q.shape[1])

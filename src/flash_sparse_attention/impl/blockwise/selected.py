@@ -26,8 +26,8 @@ from .common import (
     LN_2,
     LOG2_E,
     SCORE_TILE,
+    Scratch,
     empty_outputs,
-    gather,
     layout_of,
     normaliser_log2,
     save_attention,
@@ -194,27 +194,21 @@ def _selected_attention(
     out, lse = empty_outputs(q, v)
     with no_autocast(q):
         k_rows, v_rows = wide(k).flatten(0, 1), wide(v).flatten(0, 1)
-        storage = k_rows.new_empty(0)
+        scratch = Scratch(k_rows)
         for chunk in _chunks(layout, block_indices, block_size, group * v.shape[2]):
             index = _InvertedIndex.build(chunk, num_blocks, block_size, group)
             q_rows = (wide(q[chunk.queries]) * (softmax_scale * LOG2_E)).reshape(-1, group * q.shape[2])
-            pairs = index.row_SP.numel()
-            # The largest partial sums of all chunks set the size of the storage that all of them use.
-            if len(storage) < (pairs + 1) * group * v.shape[2]:
-                storage = k_rows.new_empty((pairs + 1) * group * v.shape[2])
-            partial = _PartialSums(
-                storage[: (pairs + 1) * group * v.shape[2]].view(pairs + 1, group, v.shape[2]),
-                q_rows.new_empty(pairs + 1, group),
-                q_rows.new_empty(pairs + 1, group),
-            )
+            partial = _PartialSums.empty(scratch, index.row_SP.numel(), group, v.shape[2])
             for batch in index.batches(chunk, layout, block_size, group):
-                q_SRD = gather(q_rows, batch.row_SP, q.shape[2])
-                scores_SRL = batch.hide_(torch.bmm(q_SRD, gather(k_rows, batch.key_SL, k.shape[2]).mT))
+                q_SRD = scratch.gather("q", q_rows, batch.row_SP, q.shape[2])
+                k_SLD = scratch.gather("k", k_rows, batch.key_SL, k.shape[2])
+                v_SLV = scratch.gather("v", v_rows, batch.key_SL, v.shape[2])
+                scores_SRL = batch.hide_(scratch.product("scores", q_SRD, k_SLD.mT))
                 max_SR = torch.amax(scores_SRL, -1, out=partial.max_PG[batch.pairs].view(scores_SRL.shape[:2]))
                 p_SRL = scores_SRL.sub_(max_SR.unsqueeze(-1)).exp2_()
                 torch.sum(p_SRL, -1, out=partial.sum_PG[batch.pairs].view(scores_SRL.shape[:2]))
                 out_SRV = partial.out_PGV[batch.pairs].view(*scores_SRL.shape[:2], -1)
-                torch.bmm(p_SRL, gather(v_rows, batch.key_SL, v.shape[2]), out=out_SRV)
+                torch.bmm(p_SRL, v_SLV, out=out_SRV)
             merged = partial.merge(index.pair_TKN)
             out[chunk.queries], lse[chunk.queries] = merged.out, merged.lse
     return out, lse
@@ -229,6 +223,12 @@ class _PartialSums(NamedTuple):
     out_PGV: Tensor
     max_PG: Tensor
     sum_PG: Tensor
+
+    @classmethod
+    def empty(cls, scratch: Scratch, pairs: int, group: int, dim: int) -> "_PartialSums":
+        """Room for these pairs of `group` heads."""
+        out_PGV = scratch.empty("partial out", pairs + 1, group, dim)
+        return cls(out_PGV, *(scratch.empty(name, pairs + 1, group) for name in ("partial max", "partial sum")))
 
     def merge(self, pair_TKN: Tensor) -> AttentionOutput:
         """The attention of each query over all of its blocks, `[T, K * G, V]` and `[T, K * G]`."""
@@ -274,6 +274,7 @@ def _selected_attention_backward(
         k_rows, v_rows = wide(k).flatten(0, 1), wide(v).flatten(0, 1)
         dk_rows, dv_rows = torch.zeros_like(k_rows), torch.zeros_like(v_rows)
         shift, normaliser = softmax_shift(d_out, d_lse, out), normaliser_log2(lse)
+        scratch = Scratch(k_rows)
         for chunk in _chunks(layout, block_indices, block_size, group * v.shape[2]):
             at = chunk.queries
             index = _InvertedIndex.build(chunk, num_blocks, block_size, group)
@@ -282,18 +283,21 @@ def _selected_attention_backward(
             normaliser_rows, shift_rows = normaliser[at].reshape(-1, group), shift[at].reshape(-1, group)
             dq_rows = torch.zeros_like(q_rows)
             for batch in index.batches(chunk, layout, block_size, group):
-                segments = len(batch.row_SP)
-                q_SRD = gather(q_rows, batch.row_SP, q.shape[2])
-                dout_SRV = gather(dout_rows, batch.row_SP, v.shape[2])
-                k_SLD, v_SLV = gather(k_rows, batch.key_SL, k.shape[2]), gather(v_rows, batch.key_SL, v.shape[2])
+                q_SRD = scratch.gather("q", q_rows, batch.row_SP, q.shape[2])
+                dout_SRV = scratch.gather("dout", dout_rows, batch.row_SP, v.shape[2])
+                k_SLD = scratch.gather("k", k_rows, batch.key_SL, k.shape[2])
+                v_SLV = scratch.gather("v", v_rows, batch.key_SL, v.shape[2])
+                shift_SR1 = scratch.gather("shift", shift_rows, batch.row_SP, 1)
+                normaliser_SR1 = scratch.gather("normaliser", normaliser_rows, batch.row_SP, 1)
                 # Padding has probability 0.
-                normaliser_SPG = normaliser_rows[batch.row_SP].masked_fill_(batch.padding_SP.unsqueeze(-1), math.inf)
-                p_SRL = batch.hide_(torch.bmm(q_SRD, k_SLD.mT)).sub_(normaliser_SPG.view(segments, -1, 1)).exp2_()
-                dv_rows.index_add_(0, batch.key_SL.flatten(), torch.bmm(p_SRL.mT, dout_SRV).flatten(0, 1))
-                ds_SRL = torch.bmm(dout_SRV, v_SLV.mT).sub_(gather(shift_rows, batch.row_SP, 1)).mul_(p_SRL)
-                dk_rows.index_add_(0, batch.key_SL.flatten(), torch.bmm(ds_SRL.mT, q_SRD).flatten(0, 1))
-                to = batch.row_SP.flatten()
-                dq_rows.index_add_(0, to, torch.bmm(ds_SRL, k_SLD).view(len(to), -1))
+                normaliser_SR1.unflatten(1, (-1, group)).masked_fill_(batch.padding_SP[..., None, None], math.inf)
+                scores_SRL = batch.hide_(scratch.product("scores", q_SRD, k_SLD.mT))
+                p_SRL = scores_SRL.sub_(normaliser_SR1).exp2_()
+                ds_SRL = scratch.product("ds", dout_SRV, v_SLV.mT).sub_(shift_SR1).mul_(p_SRL)
+                keys, pairs = batch.key_SL.flatten(), batch.row_SP.flatten()
+                dv_rows.index_add_(0, keys, scratch.product("dv", p_SRL.mT, dout_SRV).flatten(0, 1))
+                dk_rows.index_add_(0, keys, scratch.product("dk", ds_SRL.mT, q_SRD).flatten(0, 1))
+                dq_rows.index_add_(0, pairs, scratch.product("dq", ds_SRL, k_SLD).view(len(pairs), -1))
             dq[at] = dq_rows.mul_(softmax_scale).view(-1, *q.shape[1:])
         # The rows of q held softmax_scale * log2(e); dk wants softmax_scale.
         dk_rows.mul_(LN_2)
