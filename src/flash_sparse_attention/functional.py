@@ -433,8 +433,11 @@ def nsa_attention(
     """
     config = NSAConfig() if config is None else config
     pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens)
+    k_window, v_window = k if k_window is None else k_window, v if v_window is None else v_window
     _check_qkv(pack, q, k, v, pack.layout, softmax_scale, suffix="")
+    _check_qkv(pack, q, k_window, v_window, pack.layout, softmax_scale, suffix="_window")
     _check_gates(pack, gates, q.shape[-2])
+    check_same("device", q=q, gates=gates)
     for side, given, how in (("k", k_compressed, compression_k), ("v", v_compressed, compression_v)):
         if given is not None and how is not None:
             raise bad(f"compression_{side}", f"left out where {side}_compressed is given", "both", "pass one of them")
@@ -458,13 +461,7 @@ def nsa_attention(
         **common,
     )
     selected = selected_attention(q, k, v, block_indices, block_size=config.block_size, **common)
-    window = sliding_window_attention(
-        q,
-        k if k_window is None else k_window,
-        v if v_window is None else v_window,
-        window_size=config.window_size,
-        **common,
-    )
+    window = sliding_window_attention(q, k_window, v_window, window_size=config.window_size, **common)
     return NSAOutput(combine(out_compressed, selected.out, window.out, gates, impl=impl), block_indices)
 
 
@@ -497,7 +494,7 @@ class _Pack:
         layout = layout or self.layout
         if self.batched:
             return {"B": layout.batch, "S": layout.max_length, **dims}
-        return {"N" if layout is self.layout else "M": layout.total_tokens, **dims}
+        return {"N" if layout.lengths == self.layout.lengths else "M": layout.total_tokens, **dims}
 
     def flat(self, x: Tensor) -> Tensor:
         """`x` packed."""

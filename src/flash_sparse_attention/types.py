@@ -123,15 +123,16 @@ class SequenceLayout:
             return cls.uniform(x.shape[0], x.shape[1], x.device)
         if cu_seqlens is None:
             return cls.uniform(1, x.shape[0], x.device)
-        if isinstance(cu_seqlens, Tensor):
-            cu_seqlens = cls.from_cu_seqlens(cu_seqlens, x.shape[0])
-        elif not isinstance(cu_seqlens, SequenceLayout):
+        if not isinstance(cu_seqlens, (Tensor, SequenceLayout)):
             raise bad("cu_seqlens", "an int32 tensor [B + 1], a SequenceLayout or None", type(cu_seqlens).__name__)
-        elif cu_seqlens.total_tokens != x.shape[0]:
-            raise bad("cu_seqlens", f"a layout of the N={x.shape[0]} tokens of {argument}", cu_seqlens.total_tokens)
+        # First, as the bounds of a tensor on a device without data (meta) cannot be read.
         if cu_seqlens.device != x.device:
             device = f"on the device of {argument} ({x.device})"
             raise bad("cu_seqlens", device, cu_seqlens.device, f"move it with .to({argument}.device)")
+        if isinstance(cu_seqlens, Tensor):
+            return cls.from_cu_seqlens(cu_seqlens, x.shape[0])
+        if cu_seqlens.total_tokens != x.shape[0]:
+            raise bad("cu_seqlens", f"a layout of the N={x.shape[0]} tokens of {argument}", cu_seqlens.total_tokens)
         return cu_seqlens
 
     def to(self, device: torch.device | str) -> SequenceLayout:

@@ -34,8 +34,10 @@ from .common import (
     softmax_shift,
 )
 
-# Elements of the partial outputs that exist at once (128 MiB of float32): queries are worked through in chunks.
-PARTIAL_OUTPUTS = 1 << 25
+# Queries are worked through in chunks. Forward keeps their partial sums, at most so many elements (128 MiB of float32);
+# backward keeps only their index, at most so many slots, as larger chunks fill their buckets better.
+PARTIAL_SUMS = 1 << 25
+BACKWARD_SLOTS = 1 << 21
 
 
 class _Chunk(NamedTuple):
@@ -161,10 +163,9 @@ def _segment_size(count_B: Tensor, group: int) -> int:
     return max(1, min(512 // group, 1 << max(mean - 1, 0).bit_length()))
 
 
-def _chunks(layout: SequenceLayout, block_indices: Tensor, block_size: int, elements_a_slot: int) -> Iterator[_Chunk]:
-    """All queries, in chunks whose selections hold at most PARTIAL_OUTPUTS elements."""
-    slots = block_indices.shape[1] * block_indices.shape[2]
-    size = max(1, PARTIAL_OUTPUTS // max(1, slots * elements_a_slot))
+def _chunks(layout: SequenceLayout, block_indices: Tensor, block_size: int, max_slots: int) -> Iterator[_Chunk]:
+    """All queries, in chunks whose selections have at most `max_slots` slots."""
+    size = max(1, max_slots // max(1, block_indices.shape[1] * block_indices.shape[2]))
     first_block_T = layout.blocks(block_size).cu_seqlens[layout.sequence_ids()].long()
     position_T = layout.positions()
     for first in range(0, layout.total_tokens, size):
@@ -195,7 +196,7 @@ def _selected_attention(
     with no_autocast(q):
         k_rows, v_rows = wide(k).flatten(0, 1), wide(v).flatten(0, 1)
         scratch = Scratch(k_rows)
-        for chunk in _chunks(layout, block_indices, block_size, group * v.shape[2]):
+        for chunk in _chunks(layout, block_indices, block_size, PARTIAL_SUMS // (group * v.shape[2])):
             index = _InvertedIndex.build(chunk, num_blocks, block_size, group)
             q_rows = (wide(q[chunk.queries]) * (softmax_scale * LOG2_E)).reshape(-1, group * q.shape[2])
             partial = _PartialSums.empty(scratch, index.row_SP.numel(), group, v.shape[2])
@@ -275,7 +276,7 @@ def _selected_attention_backward(
         dk_rows, dv_rows = torch.zeros_like(k_rows), torch.zeros_like(v_rows)
         shift, normaliser = softmax_shift(d_out, d_lse, out), normaliser_log2(lse)
         scratch = Scratch(k_rows)
-        for chunk in _chunks(layout, block_indices, block_size, group * v.shape[2]):
+        for chunk in _chunks(layout, block_indices, block_size, BACKWARD_SLOTS):
             at = chunk.queries
             index = _InvertedIndex.build(chunk, num_blocks, block_size, group)
             q_rows = (wide(q[at]) * (softmax_scale * LOG2_E)).reshape(-1, group * q.shape[2])
