@@ -56,13 +56,12 @@ def _select_blocks(
     key_position_S = layout.compressed(kernel_size, kernel_stride).positions()
     indices = torch.full((q.shape[0], num_kv_heads, num_selected_blocks), -1, dtype=torch.int32, device=q.device)
     chunks_per_window, chunks_per_block = kernel_size // kernel_stride, block_size // kernel_stride
-    # Windows -(chunks_per_window - 1) .. chunks_per_block - 1, counted from a block's own first chunk, may overlap it.
-    near = torch.arange(1 - chunks_per_window, chunks_per_block, device=q.device)
+    # Windows 1 - chunks_per_window .. chunks_per_block - 1, counted from a block's own first chunk, overlap it.
+    near = range(1 - chunks_per_window, chunks_per_block)
+    overlaps = [geometry.overlap(window, 0, kernel_size, kernel_stride, block_size) for window in near]
     with no_autocast(q):
         k_KSD = head_major(k)
         scratch = Scratch(k_KSD)
-        overlap_S = geometry.overlap(near, torch.zeros_like(near), kernel_size, kernel_stride, block_size)
-        overlap_S = overlap_S.to(k_KSD.dtype)
         normaliser = normaliser_log2(lse.to(k_KSD.dtype))
         for tile in tiles(Interval(kernel_size, kernel_stride), layout, q.shape[1]):
             at = tile.queries
@@ -71,9 +70,8 @@ def _select_blocks(
             blocks_T = geometry.num_eligible_blocks(positions[at], block_size)
             num_blocks = int(blocks_T.max())
             # Probability of each window of the query's own sequence, summed over the group, with room at both ends.
-            p_KTS = q_KRD.new_zeros(
-                num_kv_heads, len(blocks_T), len(near) - chunks_per_block + num_blocks * chunks_per_block
-            )
+            columns = len(near) + (num_blocks - 1) * chunks_per_block
+            p_KTS = scratch.empty("p", num_kv_heads, len(blocks_T), columns).zero_()
             for span in tile.spans():
                 scores_KRS = tile.hide_(scratch.product("scores", q_KRD, k_KSD[:, span].mT), span)
                 group_KTS = scores_KRS.sub_(normaliser_KR1).exp2_().unflatten(1, (len(blocks_T), -1)).sum(2)
@@ -82,7 +80,9 @@ def _select_blocks(
                     p_KTS[..., column : column + group_KTS.shape[-1]] = group_KTS
                 else:
                     p_KTS.index_add_(2, key_position_S[span] + chunks_per_window - 1, group_KTS)
-            importance_KTJ = p_KTS.unfold(2, len(near), chunks_per_block) @ overlap_S
+            importance_KTJ = q_KRD.new_zeros(num_kv_heads, len(blocks_T), num_blocks)
+            for first, shared in enumerate(overlaps):
+                importance_KTJ.add_(p_KTS[..., first::chunks_per_block][..., :num_blocks], alpha=shared)
             blocks_J = torch.arange(num_blocks, device=q.device)
             local_T = geometry.first_local_block(positions[at], block_size, num_local_blocks)
             forced_TJ = (blocks_J < num_init_blocks) | (blocks_J >= local_T[:, None])
