@@ -1,0 +1,5 @@
+"""`python -m flash_sparse_attention.cli` is `fsa`."""
+
+from . import main
+
+main()

@@ -1,0 +1,121 @@
+"""The log of a run, a line of JSON for each step, and the loss curve that is drawn from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..validation import bad
+from .files import named, replaced
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A line of the log.
+
+    Attributes:
+        step: counted from 1.
+        loss: mean over the targets of the step, nats per token, before the step.
+        lr: learning rate of the step.
+        grad_norm: length of the gradient before it was clipped.
+        tokens_per_s: tokens of the step over the seconds that it took, evaluation and checkpoint left out.
+        total_tokens: tokens trained on since the run began.
+        elapsed_s: seconds since the run began, those before it was resumed included.
+        eval_loss: mean over the held-out targets, nats per token, after the step; None where it was not measured.
+        eval_bits_per_byte: the same in bits, over the bytes; None where it was not measured.
+    """
+
+    step: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens_per_s: float
+    total_tokens: int
+    elapsed_s: float
+    eval_loss: float | None = None
+    eval_bits_per_byte: float | None = None
+
+
+def append(path: Path, record: StepRecord) -> None:
+    """Adds a line to the log."""
+    with named(path), path.open("a", encoding="utf-8") as file:
+        file.write(_line(record))
+
+
+def read(path: Path) -> list[StepRecord]:
+    """The lines of a log; none if there is no such file. What a killed run left of a last line is passed over.
+
+    Raises:
+        ValueError: for any other line that is no record.
+    """
+    if not path.exists():
+        return []
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(StepRecord(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise bad(
+                f"{path} line {number}", "a record of a step in JSON", repr(line[:80]), "remove the line"
+            ) from error
+    return records
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drops the records behind `step`, which a resumed run will write again."""
+    kept = [record for record in read(path) if record.step <= step] if step else []
+    with replaced(path) as beside:
+        beside.write_text("".join(map(_line, kept)), encoding="utf-8")
+
+
+def draw_loss_curve(records: Sequence[StepRecord], unigram_entropy: float, path: Path) -> None:
+    """Draws training and held-out loss over the steps as a PNG, with the entropy of single bytes (nats) as a mark.
+
+    A model below that line uses context.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    ax = figure.subplots()
+    steps, losses = [x.step for x in records], [x.loss for x in records]
+    ax.plot(steps, losses, color="#0072B2", alpha=0.3, linewidth=0.8)
+    ax.plot(steps, _smoothed(losses), color="#0072B2", linewidth=1.8, label="training")
+    measured = [(x.step, x.eval_loss) for x in records if x.eval_loss is not None]
+    if measured:
+        ax.plot(*zip(*measured, strict=True), color="#D55E00", marker="o", markersize=4, label="held out")
+    ax.axhline(unigram_entropy, color="#6B7278", linestyle="--", linewidth=1)
+    ax.annotate(
+        f"entropy of single bytes, {unigram_entropy:.2f}: no context used",
+        (1, unigram_entropy),
+        xycoords=("axes fraction", "data"),
+        xytext=(-4, 4),
+        textcoords="offset points",
+        ha="right",
+        fontsize=8,
+        color="#6B7278",
+    )
+    ax.set(xlabel="step", ylabel="loss (nats per byte)", ylim=(0, None))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis="y", color="#ECEEF0")
+    ax.set_axisbelow(True)
+    if records:
+        ax.legend(frameon=False)
+    with replaced(path) as beside:
+        figure.savefig(beside, dpi=150, format="png")
+
+
+def _line(record: StepRecord) -> str:
+    return json.dumps(dataclasses.asdict(record)) + "\n"
+
+
+def _smoothed(values: Sequence[float], share: float = 0.1) -> list[float]:
+    """Moving mean of the newest values, over a window that grows to about 20 values."""
+    smooth: list[float] = []
+    for value in values:
+        weight = max(share, 1 / (len(smooth) + 1))
+        smooth.append(value if not smooth else smooth[-1] + weight * (value - smooth[-1]))
+    return smooth

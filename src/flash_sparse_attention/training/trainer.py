@@ -1,0 +1,461 @@
+"""The training loop. A run is a directory:
+
+runs/nsa/run.json         what is trained on what: `RunInfo`
+         log.jsonl        a line for each step: `log.StepRecord`
+         loss.png         the loss curve
+         step-00000100/   checkpoints, see `checkpoint`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..nn import LanguageModel
+from ..validation import bad
+from . import checkpoint as checkpoints
+from . import log
+from .checkpoint import CheckpointState
+from .config import FIXED_ON_RESUME, TrainConfig, differences
+from .data import END_OF_TEXT, Corpus, Pack, TrainingPacks, byte_unigram_entropy, held_out_packs, read_corpus
+from .files import replaced
+
+RUN_FILE, LOG_FILE, CURVE_FILE = "run.json", "log.jsonl", "loss.png"
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Evaluation(NamedTuple):
+    """Loss on held-out text.
+
+    Attributes:
+        loss: mean over all targets, nats per token.
+        bits_per_byte: the same sum in bits, over the targets that are bytes.
+    """
+
+    loss: float
+    bits_per_byte: float
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What is known of a run before its first step.
+
+    Attributes:
+        output: directory of the run.
+        config: its options.
+        device: where it computes, `cpu` or `cuda`.
+        precision: of products, `bf16` or `fp32`.
+        num_parameters: numbers that are trained.
+        first_step: step that it begins with, counted from 1.
+        train_documents: documents to train on.
+        train_tokens: their tokens.
+        held_out_documents: documents held out.
+        held_out_tokens: tokens of these that the loss is measured on.
+        unigram_entropy: nats per token of the best model without context on the held-out tokens.
+    """
+
+    output: Path
+    config: TrainConfig
+    device: str
+    precision: str
+    num_parameters: int
+    first_step: int
+    train_documents: int
+    train_tokens: int
+    held_out_documents: int
+    held_out_tokens: int
+    unigram_entropy: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields by name, of types that JSON knows."""
+        values = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        return values | {"output": str(self.output), "config": self.config.to_dict()}
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What `train` returns.
+
+    Attributes:
+        step: steps done in all.
+        evaluation: loss on held-out text after the last step; None if the run was interrupted where it measures none.
+        unigram_entropy: nats per token of the best model without context on the same text.
+        tokens_per_s: median over the steps of this call; nan if there was none.
+        checkpoint: the newest checkpoint.
+        interrupted: the signal that ended the run early, or None.
+    """
+
+    step: int
+    evaluation: Evaluation | None
+    unigram_entropy: float
+    tokens_per_s: float
+    checkpoint: Path
+    interrupted: signal.Signals | None
+
+
+class Progress:
+    """Hears what a run does. The methods do nothing; override those of interest."""
+
+    def started(self, run: RunInfo) -> None:
+        """The first step begins."""
+
+    def stepped(self, record: log.StepRecord) -> None:
+        """A step is done, and its evaluation, if it has one."""
+
+    def saved(self, checkpoint: Path) -> None:
+        """A checkpoint is in place."""
+
+    def stopping(self) -> None:
+        """A signal came: the run ends after this step. Called in the signal's handler, where `print` may fail."""
+
+
+def train(
+    config: TrainConfig,
+    output: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> TrainResult:
+    """Trains a language model on text.
+
+    The first SIGINT (Ctrl-C) or SIGTERM ends the run after the current step, with a checkpoint; the second aborts it at
+    once. Signals are caught in the main thread only.
+
+    A resumed run continues exactly: on the CPU its losses are, bit for bit, those that the run would have had without
+    the interruption. What is not in `FIXED_ON_RESUME` may be changed then: with another `config.steps`, the learning
+    rate follows the schedule of that number from there on.
+
+    Args:
+        config: all options.
+        output: directory of the run.
+        resume: continue from the newest checkpoint in `output`.
+        overwrite: replace the run in `output`; it is removed when the first step of the new one has worked.
+        progress: hears what happens.
+
+    Raises:
+        ValueError: for text, a device or an implementation that cannot be had; if `output` has checkpoints and neither
+            `resume` nor `overwrite` is set; if `resume` finds none, or one of another model or text.
+        OSError: if the disk is full or cannot be written. Earlier checkpoints stay.
+        FloatingPointError: if the loss or the gradient is not finite. Nothing of that step is saved.
+
+    Example:
+        >>> result = train(TrainConfig(steps=20, sequence_length=512), "runs/example")  # doctest: +SKIP
+    """
+    return Trainer(config, output, resume=resume, overwrite=overwrite, progress=progress).run()
+
+
+def evaluate(model: nn.Module, packs: list[Pack], *, autocast_dtype: torch.dtype | None = None) -> Evaluation:
+    """The loss of a language model on `packs`, which are moved to its device. Leaves the model in the mode it was in.
+
+    Args:
+        model: (tokens, layout) -> logits.
+        packs: see `data.held_out_packs`.
+        autocast_dtype: of products; None for the dtype of the model.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    nats, tokens, bytes_ = torch.zeros((), dtype=torch.float64, device=device), 0, 0
+    with torch.no_grad():
+        for pack in packs:
+            nats += _loss_sum(model, pack.to(device), autocast_dtype)
+            tokens += len(pack.targets)
+            bytes_ += int((pack.targets != END_OF_TEXT).sum())
+    model.train(was_training)
+    return Evaluation(nats.item() / tokens, nats.item() / math.log(2) / max(1, bytes_))
+
+
+class Trainer:
+    """A run that is ready to begin; see `train`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        output: str | Path,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        self.config = config
+        self.output = Path(output).expanduser()
+        self.progress = progress or Progress()
+        self.device = config.resolve_device()
+        self.autocast_dtype = config.autocast_dtype(self.device)
+        self._overwrite = overwrite
+        begun_from = _check_output(self.output, resume, overwrite)
+
+        self.corpus = read_corpus(config.paths, suffixes=config.suffixes, held_out_fraction=config.held_out_fraction)
+        self.packs = TrainingPacks(self.corpus.train, config.sequence_length, config.seed)
+        self.held_out = held_out_packs(self.corpus.held_out, config.sequence_length, config.eval_packs)
+        self.unigram_entropy = byte_unigram_entropy(torch.cat([pack.targets for pack in self.held_out]))
+
+        # On the CPU, so that a seed gives one start on every device; and the caller's generator is left alone.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = LanguageModel(config.model, impl=config.impl)
+        self.model.gradient_checkpointing = config.gradient_checkpointing
+        self.model.to(self.device).train()
+        self.optimizer = _optimizer(self.model, config, self.device)
+        self.step = self.total_tokens = 0
+        self._elapsed_before = 0.0
+        self._checkpoint = begun_from
+        if begun_from is not None:
+            self._restore(begun_from)
+
+        self.output.mkdir(parents=True, exist_ok=True)
+        checkpoints.check_space(self.output / f"step-{config.steps:08d}", checkpoints.checkpoint_bytes(self.model))
+
+    def info(self) -> RunInfo:
+        """What is known now."""
+        return RunInfo(
+            output=self.output,
+            config=self.config,
+            device=self.device.type,
+            precision="fp32" if self.autocast_dtype is None else "bf16",
+            num_parameters=self.model.num_parameters(),
+            first_step=self.step + 1,
+            train_documents=len(self.corpus.train),
+            train_tokens=self.corpus.train.total_tokens,
+            held_out_documents=len(self.corpus.held_out),
+            held_out_tokens=sum(len(pack.targets) for pack in self.held_out),
+            unigram_entropy=self.unigram_entropy,
+        )
+
+    def run(self) -> TrainResult:
+        """Does the steps that are left; see `train`."""
+        config = self.config
+        info = self.info()
+        self._started = time.perf_counter()
+        evaluation: Evaluation | None = None
+        rates: list[float] = []
+        self.progress.started(info)
+        with _caught_signals(self.progress) as caught:
+            while self.step < config.steps:
+                record = self._do_step(self.step + 1)
+                if not rates:
+                    self._begin_files(info)
+                rates.append(record.tokens_per_s)
+                evaluation = None
+                if record.step % config.eval_every == 0 or record.step == config.steps:
+                    evaluation = self.evaluate()
+                    record = dataclasses.replace(
+                        record, eval_loss=evaluation.loss, eval_bits_per_byte=evaluation.bits_per_byte
+                    )
+                record = dataclasses.replace(record, elapsed_s=self._elapsed())
+                log.append(self.output / LOG_FILE, record)
+                self.progress.stepped(record)
+                interrupted = caught.signal if self.step < config.steps else None
+                if record.step % config.save_every == 0 or record.step == config.steps or interrupted:
+                    self._save()
+                if interrupted:
+                    break
+            else:
+                interrupted = None
+                # A run that had been finished already.
+                evaluation = evaluation or self.evaluate()
+        assert self._checkpoint is not None
+        return TrainResult(
+            step=self.step,
+            evaluation=evaluation,
+            unigram_entropy=self.unigram_entropy,
+            tokens_per_s=statistics.median(rates) if rates else math.nan,
+            checkpoint=self._checkpoint,
+            interrupted=interrupted,
+        )
+
+    def evaluate(self) -> Evaluation:
+        """The loss on the held-out packs now."""
+        return evaluate(self.model, self.held_out, autocast_dtype=self.autocast_dtype)
+
+    def _do_step(self, step: int) -> log.StepRecord:
+        """One optimizer step: the gradients of `batch_size` packs, summed."""
+        began = time.perf_counter()
+        config = self.config
+        learning_rate = config.learning_rate_at(step)
+        tokens = config.batch_size * config.sequence_length
+        loss = torch.zeros((), device=self.device)
+        for index in range((step - 1) * config.batch_size, step * config.batch_size):
+            part = _loss_sum(self.model, self.packs.pack(index).to(self.device), self.autocast_dtype) / tokens
+            part.backward()
+            loss += part.detach()
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm)
+        # The one wait for the device in a step.
+        loss_value, norm_value = torch.stack([loss, norm]).tolist()
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            kept = f"the newest checkpoint is {self._checkpoint}" if self._checkpoint else "there is no checkpoint yet"
+            raise FloatingPointError(
+                f"loss and gradient must be finite, got loss {loss_value}, gradient norm {norm_value} at step {step} "
+                f"({kept}): lower learning_rate, which is {config.learning_rate}, or warm up for longer"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step = step
+        self.total_tokens += tokens
+        return log.StepRecord(
+            step=step,
+            loss=loss_value,
+            lr=learning_rate,
+            grad_norm=norm_value,
+            tokens_per_s=round(tokens / (time.perf_counter() - began), 1),
+            total_tokens=self.total_tokens,
+            elapsed_s=0.0,
+        )
+
+    def _elapsed(self) -> float:
+        return round(self._elapsed_before + time.perf_counter() - self._started, 3)
+
+    def _begin_files(self, info: RunInfo) -> None:
+        """Writes `run.json`, and drops from the directory what the run replaces."""
+        if self._overwrite:
+            for old in checkpoints.checkpoints(self.output):
+                checkpoints.remove_checkpoint(old)
+        log.keep_until(self.output / LOG_FILE, info.first_step - 1)
+        with replaced(self.output / RUN_FILE) as beside:
+            text = json.dumps({**info.to_dict(), "versions": checkpoints.versions()}, indent=1)
+            beside.write_text(text + "\n", encoding="utf-8")
+
+    def _save(self) -> None:
+        state = CheckpointState(
+            step=self.step,
+            train_config=self.config.to_dict(),
+            model_config=self.config.model.to_dict(),
+            text_fingerprint=self.corpus.fingerprint,
+            total_tokens=self.total_tokens,
+            elapsed_s=self._elapsed(),
+        )
+        self._checkpoint = checkpoints.save_checkpoint(
+            self.output, state, self.model, self.optimizer, keep_last=self.config.keep_last
+        )
+        draw_curve(self.output)
+        self.progress.saved(self._checkpoint)
+
+    def _restore(self, place: Path) -> None:
+        state = checkpoints.read_state(place)
+        _check_resumable(self.config, self.corpus, state, place)
+        checkpoints.load_weights(place, self.model)
+        checkpoints.load_optimizer(place, state, self.model, self.optimizer)
+        self.step = state.step
+        self.total_tokens = state.total_tokens
+        self._elapsed_before = state.elapsed_s
+
+
+def draw_curve(output: Path) -> Path:
+    """Draws `loss.png` of a run from its log and returns where it is."""
+    info = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
+    log.draw_loss_curve(log.read(output / LOG_FILE), info["unigram_entropy"], output / CURVE_FILE)
+    return output / CURVE_FILE
+
+
+def _loss_sum(model: nn.Module, pack: Pack, autocast_dtype: torch.dtype | None) -> torch.Tensor:
+    """The sum over the targets of -log p (nats)."""
+    with torch.autocast(pack.tokens.device.type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+        logits = model(pack.tokens, pack.layout)
+    return F.cross_entropy(logits.float(), pack.targets, reduction="sum")
+
+
+def _optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            # Compressors have biases and embeddings with a row a head or a position, which are no matrices of a layer.
+            matrix = parameter.dim() >= 2 and name.rpartition(".")[2].startswith("weight")
+            (decayed if matrix else others).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups,
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        fused=device.type == "cuda",
+    )
+
+
+def _check_output(output: Path, resume: bool, overwrite: bool) -> Path | None:
+    """The checkpoint to continue from, or None to start."""
+    if resume and overwrite:
+        raise bad("resume and overwrite", "not both set", "both", "continue the run or replace it")
+    found = checkpoints.checkpoints(output)
+    if resume:
+        if not found:
+            raise bad(
+                "output", "the directory of a run with a checkpoint, to resume", repr(str(output)), "start it first"
+            )
+        return found[-1]
+    if found and not overwrite:
+        raise bad(
+            "output",
+            "a directory without checkpoints",
+            f"{str(output)!r}, which has {found[-1].name}",
+            "continue that run (--resume), replace it (--overwrite) or choose another --output",
+        )
+    return None
+
+
+def _check_resumable(config: TrainConfig, corpus: Corpus, state: CheckpointState, place: Path) -> None:
+    """The checkpoint is of this model and this text, and no further than the run shall go."""
+    old, new = state.train_config, config.to_dict()
+    differing = differences({x: old.get(x) for x in FIXED_ON_RESUME}, {x: new[x] for x in FIXED_ON_RESUME})
+    if differing:
+        raise bad(
+            "config",
+            f"that of {place} where the model and the text are concerned",
+            ", ".join(differing),
+            "start a new run",
+        )
+    if state.text_fingerprint != corpus.fingerprint:
+        names = ("paths", "suffixes", "held_out_fraction")
+        differing = differences({x: old.get(x) for x in names}, {x: new[x] for x in names})
+        what = ", ".join(differing) or f"files that have changed since (fingerprint {corpus.fingerprint})"
+        raise bad("paths", f"the text that {place} was trained on", what, "put it back, or start a new run")
+    if config.steps < state.step:
+        raise bad("steps", f"at least the {state.step} that {place} has done", config.steps, "raise it")
+
+
+class _Caught:
+    """Whether a signal came."""
+
+    signal: signal.Signals | None = None
+
+
+@contextlib.contextmanager
+def _caught_signals(progress: Progress) -> Iterator[_Caught]:
+    """Notes the first SIGINT or SIGTERM; raises KeyboardInterrupt at the second."""
+    caught = _Caught()
+    if threading.current_thread() is not threading.main_thread():
+        yield caught
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if caught.signal is not None:
+            raise KeyboardInterrupt
+        caught.signal = signal.Signals(number)
+        progress.stopping()
+
+    before = {number: signal.signal(number, handle) for number in _STOP_SIGNALS}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -1,0 +1,36 @@
+"""What every test runs under."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# cuBLAS is deterministic with a workspace of fixed size only; it reads this when it is first used.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest
+import torch
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Workers of xdist share the cores between them."""
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        torch.set_num_threads(1)
+    # See below; on a GPU some operators have no deterministic variant.
+    config.addinivalue_line("filterwarnings", "ignore:.*does not have a deterministic implementation:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def uninitialized_memory_is_nan() -> Iterator[None]:
+    """`torch.empty` and its kin return NaN (the largest integer of an integer dtype), so that what is read before it is
+    written shows. That is a part of deterministic mode; what else this mode does hardly matters on the CPU."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """A test draws the same numbers whatever ran before it."""
+    torch.manual_seed(0)

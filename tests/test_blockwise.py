@@ -1,0 +1,203 @@
+"""The blockwise implementation: exactness over the whole grid, linear memory, and its contract with `torch.compile`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from flash_sparse_attention import Interval, NSAConfig, SequenceLayout, nsa_attention, selected_attention
+from flash_sparse_attention import functional as public
+from flash_sparse_attention.accuracy import FULL, Case, judge
+from flash_sparse_attention.impl.blockwise import interval, selected
+
+PAPER = NSAConfig(num_selected_blocks=8, window_size=200)
+SMALL = NSAConfig(
+    kernel_size=8, kernel_stride=4, block_size=8, num_selected_blocks=4, num_local_blocks=1, window_size=20
+)
+
+
+def assert_within_budget(case: Case, operators: list[str] | None = None) -> None:
+    rows = list(judge(case, impls=["blockwise"], operators=operators))
+    assert rows
+    failures = [f"{row.label}, {row.tensor}: {row.max_error:.2e} of {row.max_budget:.2e}" for row in rows if not row.ok]
+    assert not failures
+
+
+@pytest.mark.parametrize("case", FULL, ids=str)
+def test_within_budget(case: Case):
+    assert_within_budget(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", ["interval_attention", "select_blocks", "selected_attention", "nsa_attention"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((2500,), 2, 1, 64, 64, PAPER, torch.bfloat16, seed=5),
+        Case((1030, 0, 1, 1200), 1, 1, 64, 64, PAPER, torch.float32, seed=6),
+    ],
+    ids=str,
+)
+def test_within_budget_over_many_tiles(case: Case, operator: str):
+    assert_within_budget(case, [operator])
+
+
+@pytest.fixture
+def least_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles, batches and chunks of a few tokens, so that every loop goes round many times, and ends in the middle."""
+    sizes = {"QUERY_TILE": 7, "KEY_TILE": 5, "SCORE_TILE": 140, "PARTIAL_SUMS": 1500}
+    places = [(module, name) for module in (interval, selected) for name in sizes if hasattr(module, name)]
+    assert {name for _, name in places} == set(sizes)
+    for module, name in places:
+        monkeypatch.setattr(module, name, sizes[name])
+
+
+@pytest.mark.usefixtures("least_tiles")
+@pytest.mark.parametrize("flavour", ["plain", "hostile indices", "loud first token", "ties"])
+@pytest.mark.parametrize("num_heads", [2, 6])
+def test_within_budget_where_every_loop_goes_round(num_heads: int, flavour: Any):
+    assert_within_budget(Case((61, 0, 1, 30, 2), num_heads, 2, 16, 8, SMALL, torch.float64, flavour))
+
+
+# Memory.
+
+
+def allocations(call: Callable[[], object]) -> tuple[int, int]:
+    """(peak, largest single one) of what a call allocates, in bytes."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+    assert record.profiler is not None
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held, peak = 0, 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak, max(event.nbytes() for event in events)
+
+
+def attend_and_differentiate(tokens: int, impl: str) -> None:
+    q = torch.randn(tokens, 2, 16, requires_grad=True)
+    k, v = (torch.randn(tokens, 1, 16, requires_grad=True) for _ in range(2))
+    nsa_attention(q, k, v, torch.zeros(tokens, 2, 3), SMALL, impl=impl).out.sum().backward()
+
+
+def test_memory_is_linear(monkeypatch: pytest.MonkeyPatch):
+    # The working set does not depend on N; what is left must not more than double with N.
+    monkeypatch.setattr(interval, "QUERY_TILE", 32)
+    attend_and_differentiate(64, "blockwise")
+    (peak, largest), (peak_of_twice, largest_of_twice) = (
+        allocations(lambda tokens=tokens: attend_and_differentiate(tokens, "blockwise")) for tokens in (2048, 4096)
+    )
+    assert peak_of_twice < 2.1 * peak
+    assert largest_of_twice < 2.1 * largest
+    # The compressed scores, which are N x N / 4, would be twice that.
+    assert largest_of_twice < 4096 * 1024 * 4 / 2
+
+
+def test_the_measure_of_memory_sees_a_square():
+    attend_and_differentiate(64, "reference")
+    peaks = [allocations(lambda tokens=tokens: attend_and_differentiate(tokens, "reference")) for tokens in (256, 512)]
+    assert peaks[1][0] > 3 * peaks[0][0]
+    assert peaks[1][1] >= 512 * 512 * 4
+
+
+# The contract of custom operators.
+
+
+def operator_arguments() -> dict[str, tuple[Any, ...]]:
+    """Arguments of each registered operator: q a slice of a fused projection, k and v with heads before tokens."""
+    layout = SequenceLayout.from_lengths([21, 0, 1, 14])
+    bounds, compressed = layout.cu_seqlens, layout.compressed(8, 4).total_tokens
+    q = torch.randn(36, 4 * 8 + 7)[:, : 4 * 8].unflatten(1, (4, 8))
+    k, v = torch.randn(2, 36, 8).transpose(0, 1), torch.randn(2, 36, 6).transpose(0, 1)
+    k_compressed, v_compressed = torch.randn(2, compressed, 8).transpose(0, 1), torch.randn(compressed, 2, 6)
+    lse = torch.randn(36, 4)
+    indices = torch.randint(-1, 3, (36, 2, 3), dtype=torch.int32)
+    return {
+        "interval_attention_blockwise": (q, k_compressed, v_compressed, bounds, 8, 4, 0, 0.3),
+        "selected_attention_blockwise": (q, k, v, indices, bounds, 8, 0.3),
+        "select_blocks_blockwise": (q, k_compressed, lse, bounds, 8, 4, 8, 3, 1, 1, 0.3),
+    }
+
+
+def differentiable(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(
+        x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments
+    )
+
+
+@pytest.mark.parametrize("name", sorted(operator_arguments()))
+def test_operators_keep_their_contract(name: str):
+    operator = getattr(torch.ops.flash_sparse_attention, name)
+    arguments = operator_arguments()[name]
+    torch.library.opcheck(operator, arguments)
+    if name != "select_blocks_blockwise":
+        torch.library.opcheck(operator, differentiable(arguments))
+
+
+@pytest.mark.parametrize("name", ["interval_attention_blockwise", "selected_attention_blockwise"])
+def test_backward_operators_keep_their_contract(name: str):
+    arguments = operator_arguments()[name]
+    out, lse = getattr(torch.ops.flash_sparse_attention, name)(*arguments)
+    bounds = next(index for index, value in enumerate(arguments) if isinstance(value, Tensor) and value.dim() == 1)
+    upstream = torch.randn(out.shape), torch.randn(lse.shape)
+    backward = getattr(torch.ops.flash_sparse_attention, f"{name}_backward")
+    torch.library.opcheck(backward, (*upstream, *arguments[:bounds], out, lse, *arguments[bounds:]))
+
+
+@pytest.mark.slow
+def test_the_whole_compiles_to_one_graph_forward_and_backward():
+    layout = SequenceLayout.from_lengths([60, 0, 35])
+    x = {
+        "q": torch.randn(95, 4, 16),
+        "k": torch.randn(95, 2, 16),
+        "v": torch.randn(95, 2, 8),
+        "gates": torch.randn(95, 4, 3),
+    }
+
+    def attend(x: dict[str, Tensor]) -> Tensor:
+        return nsa_attention(**x, config=SMALL, cu_seqlens=layout).out
+
+    def value_and_gradients(function: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = {name: value.clone().requires_grad_() for name, value in x.items()}
+        out = function(leaves)
+        return [out.detach(), *torch.autograd.grad((out * out.detach()).sum(), list(leaves.values()))]
+
+    torch.compiler.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(value_and_gradients(compiled), value_and_gradients(attend), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_gradients_are_not_differentiated_twice_in_silence():
+    q, k, v = torch.randn(9, 2, 4, requires_grad=True), torch.randn(9, 1, 4), torch.randn(9, 1, 4)
+    for result in (
+        public.interval_attention(q, k, v, Interval(), impl="blockwise"),
+        selected_attention(q, k, v, torch.zeros(9, 1, 1, dtype=torch.int32), block_size=16, impl="blockwise"),
+    ):
+        (grad,) = torch.autograd.grad(result.out.square().sum(), q, create_graph=True)
+        with pytest.raises(RuntimeError):
+            grad.sum().backward()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_order_of_the_slots_and_the_threads_change_nothing(threads: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        case = dataclasses.replace(FULL[1], lengths=(150,))
+        q, k, v = (torch.randn(150, heads, 16, dtype=case.dtype) for heads in (4, 2, 2))
+        indices = torch.randint(-1, 10, (150, 2, 6), dtype=torch.int32)
+        first = selected_attention(q, k, v, indices, block_size=16, impl="blockwise")
+        for _ in range(3):
+            again = selected_attention(q, k, v, indices[..., torch.randperm(6)], block_size=16, impl="blockwise")
+            assert torch.equal(first.out, again.out)
+            assert torch.equal(first.lse, again.lse)
+    finally:
+        torch.set_num_threads(before)
