@@ -191,15 +191,6 @@ def test_any_index_tensor_means_the_set_of_its_valid_blocks(impl: str, block_siz
             torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_index_tensor_without_slots(impl: str):
-    x = pack()
-    out, lse = selected_attention(
-        x["q"], x["k"], x["v"], torch.empty(TOKENS, 2, 0, dtype=torch.int32), cu_seqlens=LAYOUT, impl=impl
-    )
-    assert not out.any()
-    assert (lse == -math.inf).all()
-
-
 def integer_importance(pattern: Tensor, position: int, num_blocks: int, sizes: dict[str, int]) -> list[int]:
     """Chunks that the visible windows of probability 1 share with each block."""
     windows, stride = (

@@ -187,6 +187,11 @@ def test_keys_and_values_must_have_the_dtype_of_the_queries(operator: Callable[.
             {"block_indices": zeros(2, TOKENS, 16, dtype=torch.int32)},
             "block_indices must be int32 [N=40, Hk=2, T], got [2, 40, 16]",
         ),
+        (
+            selected_attention,
+            {"block_indices": zeros(TOKENS, 2, 0, dtype=torch.int32)},
+            "block_indices must be of at least one slot T, got [40, 2, 0]: put -1 in what is unused",
+        ),
         (select_blocks, {"lse": zeros(TOKENS, 2)}, f"lse must be {FLOATS} [N=40, Hq=4], got [40, 2]"),
         (
             select_blocks,

@@ -332,6 +332,8 @@ def selected_attention(
         (torch.int32,),
         cure="one selection per KV head, not per query head",
     )
+    if block_indices.shape[-1] == 0:
+        raise bad("block_indices", "of at least one slot T", list(block_indices.shape), "put -1 in what is unused")
     check_same("device", q=q, block_indices=block_indices)
     result = _run(
         "selected_attention",

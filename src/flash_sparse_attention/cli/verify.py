@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -55,11 +56,12 @@ def verify(
         console = Console(markup=False, highlight=False, width=_PLAIN_WIDTH)
     rows: list[Row] = []
     crashes: list[_Crash] = []
-    for found in _judge_all(cases, where, impl, console):
-        if isinstance(found, Row):
-            rows.append(found)
-        else:
-            crashes.append(found)
+    with _one_thread():
+        for found in _judge_all(cases, where, impl, console):
+            if isinstance(found, Row):
+                rows.append(found)
+            else:
+                crashes.append(found)
     if not rows and not crashes:
         console.print(f"Nothing to verify: on {where.type} there is no implementation but the reference.")
         return
@@ -91,6 +93,18 @@ def _check_implementations(impls: Sequence[str] | None, device: torch.device, ca
             raise bad("--impl", "other than the reference", repr(impl), "it is what the others are held against")
         if not any(impl in implementations(op, device, case.dtype) for case in cases for op in case.operators):
             raise bad("--impl", f"an implementation that runs on {device.type}", repr(impl), "see fsa inspect")
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread for PyTorch. The tensors are small, and threads that wait for each other take longer: 8 times where
+    other programs keep the cores busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _judge_all(

@@ -373,7 +373,8 @@ def _loss_sum(model: nn.Module, pack: Pack, autocast_dtype: torch.dtype | None) 
 
 
 def _optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # Compressors have biases and embeddings with a row a head or a position, which are no matrices of a layer.
