@@ -28,8 +28,8 @@ test: lint unit
 
 # make lint    ruff and mypy
 lint: install
-	$(BIN)/ruff check src tests examples
-	$(BIN)/ruff format --check src tests examples
+	$(BIN)/ruff check src tests examples benchmarks
+	$(BIN)/ruff format --check src tests examples benchmarks
 	$(BIN)/mypy
 
 # make unit    the tests that need no GPU

@@ -102,7 +102,9 @@ def main() -> None:
         "threads": arguments.threads,
         "torch": torch.__version__,
         "flash_sparse_attention": fsa.__version__,
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip(),
         "shape": f"float32, {NUM_HEADS}/{NUM_KV_HEADS} heads of {HEAD_DIM}, {fsa.NSAConfig()}",
         "speed": [compare(length, arguments.repeats) for length in arguments.lengths],
         "memory": [peak_memory(length) for length in arguments.memory_lengths],

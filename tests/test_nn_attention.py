@@ -90,10 +90,10 @@ def one_sequence(layer, hidden, positions):
     if theta is None:
         theta, positions = 1.0, torch.zeros_like(positions)
 
-    def project(linear, heads, branch=0, branches=1):
+    def project(linear, heads, branch=0, branches=1, scale=1.0):
         weight = linear.weight.view(branches, -1, hidden.shape[-1])[branch]
         bias = 0 if linear.bias is None else linear.bias.view(branches, -1)[branch]
-        return (hidden @ weight.T + bias).view(len(hidden), heads, -1)
+        return (scale * hidden @ weight.T + bias).view(len(hidden), heads, -1)
 
     branches = 3 if config.branch_kv == "independent" else 1
     ks = [project(layer.k_proj, 2, min(b, branches - 1), branches) for b in range(3)]
@@ -115,7 +115,7 @@ def one_sequence(layer, hidden, positions):
     out_selected = selected_attention(q, turned(ks[1], positions, theta), vs[1], indices, block_size=4, **common).out
     window = Interval(window_size=SIZES["window_size"])
     out_window = interval_attention(q, turned(ks[2], positions, theta), vs[2], window, **common).out
-    gates = project(layer.branch_gate_proj, 6 if config.gate == "per_head" else 1)
+    gates = project(layer.branch_gate_proj, 6 if config.gate == "per_head" else 1, scale=layer.hidden_size**-0.5)
     return combine(out_compressed, out_selected, out_window, gates, impl="reference").flatten(1) @ layer.o_proj.weight.T
 
 
@@ -433,7 +433,7 @@ def test_records_every_layer():
         assert record.block_indices.dtype == torch.int32
         assert record.block_indices[19].tolist() != record.block_indices[0].tolist() == [[0, -1, -1, -1]] * 2
         assert not record.gates.requires_grad
-        gates = layer.branch_gate_proj(x.flatten(0, 1)).sigmoid().view_as(record.gates)
+        gates = layer.branch_gate_proj(x.flatten(0, 1) / layer.hidden_size**0.5).sigmoid().view_as(record.gates)
         torch.testing.assert_close(record.gates, gates)
 
 

@@ -213,14 +213,15 @@ def integer_importance(pattern: Tensor, position: int, num_blocks: int, sizes: d
 
 @pytest.mark.parametrize("sizes", [(8, 4, 8), (4, 4, 4), (8, 8, 8), (8, 2, 8), (16, 4, 4)])
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.0])
-def test_ties_go_to_the_lower_block(impl: str, sizes: tuple[int, int, int], share: float):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ties_go_to_the_lower_block(impl: str, dtype: torch.dtype, sizes: tuple[int, int, int], share: float):
     # A score of 0 or -inf (in effect) against a log-sum-exp of 0 is a probability of exactly 1 or 0.
     numbers = dict(zip(("kernel_size", "kernel_stride", "block_size"), sizes, strict=True))
     length, num_init, num_local, slots = 100, 1, 1, 5
     keys = SequenceLayout.from_lengths([length]).compressed(*sizes[:2]).total_tokens
     pattern = torch.rand(keys) < share
-    q = torch.ones(length, 2, 4)
-    k = torch.where(pattern, 0.0, -1e4)[:, None, None].expand(-1, 1, 4)
+    q = torch.ones(length, 2, 4, dtype=dtype)
+    k = torch.where(pattern, 0.0, -1e4)[:, None, None].expand(-1, 1, 4).to(dtype)
     got = select_blocks(
         q,
         k,

@@ -137,6 +137,9 @@ class NativeSparseAttention(nn.Module):
         self.branch_gate_proj = linear(hidden_size, gate_heads * len(BRANCHES), True)
         self.compressor_k = compressor(head_dim, config.position_embedding in ("k", "kv"))
         self.compressor_v = compressor(head_dim_v, config.position_embedding == "kv")
+        # After a norm, hidden states are about sqrt(hidden_size) long. At that length an optimizer that moves every weight
+        # alike (Adam) shuts gates within its first steps, while attention is still noise, and they are slow to open.
+        self._gate_scale = hidden_size**-0.5
         self.reset_gates()
 
     def reset_parameters(self) -> None:
@@ -184,7 +187,7 @@ class NativeSparseAttention(nn.Module):
         q_NHD = self.q_proj(hidden).unflatten(-1, (self.num_heads, self.head_dim))
         k_NXHD = self.k_proj(hidden).unflatten(-1, (self.num_kv_pairs, self.num_kv_heads, self.head_dim))
         v_NXHD = self.v_proj(hidden).unflatten(-1, (self.num_kv_pairs, self.num_kv_heads, self.head_dim_v))
-        gates_NHX = self.branch_gate_proj(hidden).unflatten(-1, (-1, len(BRANCHES)))
+        gates_NHX = self.branch_gate_proj(hidden * self._gate_scale).unflatten(-1, (-1, len(BRANCHES)))
         # The operators accumulate in float32 by themselves; autocast would round their scores to its own dtype.
         with torch.autocast(hidden.device.type, enabled=False):
             out_NHD = self._attend(q_NHD, k_NXHD, v_NXHD, gates_NHX, layout, positions)
