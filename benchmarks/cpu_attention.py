@@ -4,8 +4,8 @@
 
 For each length it times `nsa_attention` and `scaled_dot_product_attention(is_causal=True)` in turn, in one process, on
 random float32 inputs of 8 query heads and 2 key/value heads of 64, and reports the median of the repeats and their
-ratio. Both are run once before. Memory is the peak resident size of a process of its own that runs the attention forward and
-backward once, inputs and gradients included.
+ratio. Both are run once before. Memory is the peak resident size of a process of its own that runs the attention
+forward and backward once, inputs and gradients included.
 """
 
 from __future__ import annotations
@@ -102,9 +102,7 @@ def main() -> None:
         "threads": arguments.threads,
         "torch": torch.__version__,
         "flash_sparse_attention": fsa.__version__,
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        ).stdout.strip(),
+        "commit": commit(),
         "shape": f"float32, {NUM_HEADS}/{NUM_KV_HEADS} heads of {HEAD_DIM}, {fsa.NSAConfig()}",
         "speed": [compare(length, arguments.repeats) for length in arguments.lengths],
         "memory": [peak_memory(length) for length in arguments.memory_lengths],
@@ -112,6 +110,12 @@ def main() -> None:
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "attention.json").write_text(json.dumps(report, indent=2) + "\n")
+
+
+def commit() -> str:
+    """The commit that is measured."""
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout.strip()
 
 
 def cpu_name() -> str:

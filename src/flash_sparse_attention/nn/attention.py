@@ -137,8 +137,8 @@ class NativeSparseAttention(nn.Module):
         self.branch_gate_proj = linear(hidden_size, gate_heads * len(BRANCHES), True)
         self.compressor_k = compressor(head_dim, config.position_embedding in ("k", "kv"))
         self.compressor_v = compressor(head_dim_v, config.position_embedding == "kv")
-        # After a norm, hidden states are about sqrt(hidden_size) long. At that length an optimizer that moves every weight
-        # alike (Adam) shuts gates within its first steps, while attention is still noise, and they are slow to open.
+        # After a norm, hidden states are about sqrt(hidden_size) long. At that length an optimizer that moves every
+        # weight alike (Adam) shuts gates within its first steps, while attention is still noise, and they open slowly.
         self._gate_scale = hidden_size**-0.5
         self.reset_gates()
 
