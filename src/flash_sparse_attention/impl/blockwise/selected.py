@@ -313,6 +313,6 @@ def _differentiate_selected(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
 
 _selected_attention.register_fake(lambda q, k, v, *_: empty_outputs(q, v))
 _selected_attention_backward.register_fake(
-    lambda d_out, d_lse, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+    lambda d_out, d_lse, q, k, v, *_: (torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape))
 )
 _selected_attention.register_autograd(_differentiate_selected, setup_context=save_attention)
