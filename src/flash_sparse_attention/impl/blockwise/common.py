@@ -10,6 +10,7 @@ from ...types import SequenceLayout
 
 # Elements of a tile of scores, the widest temporary of the inner loops: 4 MiB of float32, which caches still hold.
 SCORE_TILE = 1 << 20
+SHIFT_TILE = 1024  # tokens
 
 # Scores are kept in log2 units: exp2 is 1.5x faster than exp, and exp slows down 10x where its result underflows.
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
@@ -82,7 +83,12 @@ def softmax_shift(d_out: Tensor, d_lse: Tensor, out: Tensor) -> Tensor:
     With P the probabilities and dP their gradient, dS = P * (dP - shift), shift = sum(dP * P) - d_lse, and
     sum(dP * P) = sum(d_out * out) over the head dimension.
     """
-    return (wide(d_out) * wide(out)).sum(-1).sub_(d_lse)
+    shift = torch.empty_like(d_lse)
+    # In parts, since a product as large as the output would be fresh memory, which costs more than the product.
+    for first in range(0, len(out), SHIFT_TILE):
+        part = slice(first, first + SHIFT_TILE)
+        torch.sum(wide(d_out[part]) * wide(out[part]), -1, out=shift[part])
+    return shift.sub_(d_lse)
 
 
 def normaliser_log2(lse: Tensor) -> Tensor:
