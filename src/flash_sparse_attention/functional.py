@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .config import NSAConfig, compression_kinds
 from .geometry import Interval
-from .impl import resolve
+from .impl import load, resolve
 from .precision import no_autocast
 from .types import AttentionOutput, Compression, NSAOutput, SequenceLayout
 from .validation import (
@@ -297,6 +297,9 @@ def selected_attention(
     cu_seqlens: CuSeqlens = None,
     softmax_scale: float | None = None,
     impl: str = "auto",
+    loop_order: str = "auto",
+    workspace_mib: int = 1024,
+    save_index: bool = True,
 ) -> AttentionOutput:
     """Attention of query t to the tokens s <= t of the blocks it selected.
 
@@ -311,6 +314,12 @@ def selected_attention(
         cu_seqlens: see the module.
         softmax_scale: factor of the scores; Dk ** -0.5 by default.
         impl: see the module.
+        loop_order: schedule of the kernels: `kv_outer` (FSA: blocks in the outer loop, the queries that selected one in
+            the inner loop), `query_outer` (NSA: the reverse), or `auto`, which takes what is faster for the shape.
+        workspace_mib: bound of what the Triton kernels keep of partial results at a time, MiB; less costs time.
+            Implementations without such a workspace ignore it.
+        save_index: whether the Triton kernels keep their inverted index of the selection for the backward pass, about
+            10 bytes an entry of `block_indices`, or build it again. Others ignore it.
 
     Returns:
         As `interval_attention`. A query whose entries are all unused has output 0 and lse -inf.
@@ -335,18 +344,17 @@ def selected_attention(
     if block_indices.shape[-1] == 0:
         raise bad("block_indices", "of at least one slot T", list(block_indices.shape), "put -1 in what is unused")
     check_same("device", q=q, block_indices=block_indices)
-    result = _run(
-        "selected_attention",
-        impl,
-        q,
-        pack.flat(q),
-        pack.flat(k),
-        pack.flat(v),
-        pack.flat(block_indices),
-        block_size,
-        pack.layout,
-        scale,
-    )
+    check_choice("loop_order", loop_order, ("auto", "kv_outer", "query_outer"))
+    check_positive("workspace_mib", workspace_mib)
+    row = resolve("selected_attention", impl, q.device, q.dtype, max(q.shape[-1], v.shape[-1]))
+    if loop_order != "auto" and loop_order not in row.loop_orders:
+        choices = " or ".join(map(repr, ("auto", *row.loop_orders)))
+        raise bad("loop_order", f"{choices} with impl={row.impl!r}", repr(loop_order), "pass another impl")
+    schedule = {"loop_order": loop_order, "workspace_mib": workspace_mib, "save_index": save_index}
+    tensors = map(pack.flat, (q, k, v, block_indices))
+    with no_autocast(q):
+        options = schedule if row.impl == "triton" else {}
+        result = load(row)(*tensors, block_size, pack.layout, scale, **options)
     return AttentionOutput(*map(pack.restore, result))
 
 
@@ -510,7 +518,7 @@ class _Pack:
 
 def _run(operator: str, impl: str, x: Tensor, *args: Any) -> Any:
     """Computes `operator` by the implementation that `impl` means for tensors like `x`."""
-    compute = resolve(operator, impl, x.device, x.dtype)
+    compute = load(resolve(operator, impl, x.device, x.dtype, x.shape[-1]))
     with no_autocast(x):
         return compute(*args)
 

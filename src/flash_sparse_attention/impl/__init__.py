@@ -6,6 +6,8 @@ Implementations are imported when they are first used.
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -32,6 +34,8 @@ class Capability:
         dtypes: dtypes of the inputs.
         auto: whether `impl="auto"` may take it.
         note: what a user should know of it, for the table of `fsa inspect`.
+        max_head_dim: the largest head dimension, or None.
+        loop_orders: the loop orders of selected attention between which a caller may choose.
     """
 
     operator: str
@@ -41,20 +45,53 @@ class Capability:
     dtypes: tuple[torch.dtype, ...]
     auto: bool
     note: str
+    max_head_dim: int | None = None
+    loop_orders: tuple[str, ...] = ()
 
-    def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int = 0) -> str | None:
         """Why this implementation cannot run here, or None if it can."""
-        if "any" not in self.devices and device.type not in self.devices:
-            return f"it runs on {', '.join(self.devices)}, not on {device.type}"
+        # Triton's interpreter runs its kernels on CPU tensors, for tests.
+        devices = (*self.devices, "cpu") if self.impl == "triton" and interpreting() else self.devices
+        if "any" not in devices and device.type not in devices:
+            return f"it runs on {', '.join(devices)}, not on {device.type}"
         if dtype not in self.dtypes:
             return f"it does not take {str(dtype).removeprefix('torch.')}"
+        if self.max_head_dim is not None and head_dim > self.max_head_dim:
+            return f"it takes head dimensions up to {self.max_head_dim}, not {head_dim}"
+        if self.impl == "triton" and importlib.util.find_spec("triton") is None:
+            return "it needs Triton, which is not installed (pip install 'flash-sparse-attention[triton]')"
         return None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its interpreter."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
 # In order of preference: `auto` takes the first row of an operator that is not refused.
 CAPABILITIES: tuple[Capability, ...] = (
+    Capability(
+        "selected_attention",
+        "triton",
+        "triton",
+        ("cuda",),
+        (torch.float16, torch.bfloat16, torch.float32),
+        True,
+        "Triton kernels in both loop orders",
+        max_head_dim=256,
+        loop_orders=("kv_outer", "query_outer"),
+    ),
     *(
-        Capability(op, "blockwise", "blockwise", ("any",), _FLOATS, True, "PyTorch in blocks, memory linear in N")
+        Capability(
+            op,
+            "blockwise",
+            "blockwise",
+            ("any",),
+            _FLOATS,
+            True,
+            "PyTorch in blocks, memory linear in N",
+            loop_orders=("kv_outer",) if op == "selected_attention" else (),
+        )
         for op in OPERATORS
     ),
     *(
@@ -81,20 +118,27 @@ class Decision:
     reason: str
 
 
-def resolve(operator: str, impl: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
-    """The function that computes `operator`; an explicit `impl` never falls back to another.
+def resolve(operator: str, impl: str, device: torch.device, dtype: torch.dtype, head_dim: int = 0) -> Capability:
+    """The row of the table that computes `operator`; an explicit `impl` never falls back to another.
 
     Raises:
-        ValueError: if `impl` is unknown, or cannot run this operator on this device and dtype.
+        ValueError: if `impl` is unknown, or cannot run this operator on this device, dtype and head dimension.
     """
     check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
     rows = [row for row in CAPABILITIES if row.operator == operator and impl in ("auto", row.impl)]
     candidates = [row for row in rows if row.auto or impl != "auto"]
     for row in candidates:
-        if row.refusal(device, dtype) is None:
-            return getattr(_load(row.module), operator)
-    reasons = "; ".join(str(row.refusal(device, dtype)) for row in candidates) or "this version does not have it"
+        if row.refusal(device, dtype, head_dim) is None:
+            return row
+    reasons = (
+        "; ".join(str(row.refusal(device, dtype, head_dim)) for row in candidates) or "this version does not have it"
+    )
     raise ValueError(f"impl={impl!r} cannot compute {operator}: {reasons}; use impl='auto' for what runs here")
+
+
+def load(row: Capability) -> Callable[..., Any]:
+    """The function of a row, whose module is imported when it is first used."""
+    return getattr(_load(row.module), row.operator)  # type: ignore[no-any-return]
 
 
 def _load(module: str) -> ModuleType:
@@ -108,6 +152,10 @@ def _load(module: str) -> ModuleType:
         from . import reference
 
         return reference
+    if module == "triton":
+        from . import triton
+
+        return triton
     return importlib.import_module(f".{module}", __package__)
 
 

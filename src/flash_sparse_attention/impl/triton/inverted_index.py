@@ -1,0 +1,427 @@
+"""The inverted index: which tokens selected each block of each key/value head.
+
+A *bucket* is a (kv head, block of the pack). Its *pairs*, one for each (token, slot) that selected the block, stand in
+the order of their tokens. Invalid, future, out-of-range and repeated entries of a selection fall out here, once, for
+every consumer. Nothing waits for the host, and the same selection always gives the same index.
+
+Tokens are counted in *runs* of consecutive tokens, whose number is bounded, so that the counters take O(N) memory at
+any length. Worked example: one kv head, blocks of 2 tokens, T = 2, four queries, two runs of two tokens:
+
+    query  block_indices   counts in (block, run)        place of each slot     pairs
+      0      [ 0, -1]      block 0: run 0: 2  run 1: 2       0  -1              block 0: tokens 0 1 2 3
+      1      [ 5,  0]      block 1: run 0: 0  run 1: 2      -1   1              block 1: tokens 2 3
+      2      [ 0,  1]                                        2   4
+      3      [ 1,  0]      summed up: 0 2 4 4                5   3
+
+5 names no block, and is dropped. Buckets are cut into *segments* of a bounded number of pairs, which are what the
+programs of the main kernels own: blocks that every token selects do not make a tail.
+
+The work is cut into *chunks*, a range of kv heads and a range of tokens each, since the partial results of the main
+kernels are kept for one chunk only. The pairs of a range of tokens come before those of the next, so that the pairs of
+a chunk are consecutive, and their partial results are as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .primitives import pack_blocks, padded, sequence_of
+
+# Counters of a selection: more runs make the writing of the pairs shorter, which one program does for each run.
+MAX_RUNS, MIN_RUNS, COUNTERS = 512, 64, 1 << 22
+COUNT_ENTRIES = 1024
+SCATTER_ENTRIES = 64
+SEGMENT_BUCKETS = 128
+SEGMENT_FIELDS = 4
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """How the work is cut so that partial results fit a workspace: heads first, then tokens.
+
+    Attributes:
+        total_tokens, num_kv_heads, slots: of the selection, `[N, Hk, T]`.
+        num_blocks: block ids of the pack; see `primitives.sequence_of`.
+        heads: kv heads of a chunk, divides `num_kv_heads`.
+        runs, tokens_per_run: runs of a chunk, and tokens of a run.
+        token_chunks: chunks along the tokens.
+    """
+
+    total_tokens: int
+    num_kv_heads: int
+    slots: int
+    num_blocks: int
+    heads: int
+    runs: int
+    tokens_per_run: int
+    token_chunks: int
+
+    @classmethod
+    def fit(
+        cls, block_indices: Tensor, num_sequences: int, block_size: int, bytes_per_pair: int, workspace_bytes: int
+    ) -> Chunks:
+        """The largest chunks whose partial results, `bytes_per_pair` for each slot, fit the workspace."""
+        total_tokens, num_kv_heads, slots = block_indices.shape
+        num_blocks = pack_blocks(total_tokens, num_sequences, block_size)
+        fitting = max(1, workspace_bytes // (bytes_per_pair * slots))  # (token, kv head) pairs
+        divisors = (h for h in range(1, num_kv_heads + 1) if num_kv_heads % h == 0 and h * total_tokens <= fitting)
+        heads = max(divisors, default=1)
+        token_chunks = triton.cdiv(total_tokens, min(total_tokens, max(fitting // heads, MIN_CHUNK_TOKENS)))
+        max_runs = min(MAX_RUNS, max(MIN_RUNS, COUNTERS // (num_kv_heads * num_blocks)))
+        runs = triton.cdiv(max_runs, token_chunks)
+        step = tokens_per_step(slots)
+        tokens_per_run = triton.cdiv(triton.cdiv(triton.cdiv(total_tokens, token_chunks), runs), step) * step
+        runs = triton.cdiv(triton.cdiv(total_tokens, token_chunks), tokens_per_run)
+        token_chunks = triton.cdiv(total_tokens, runs * tokens_per_run)
+        return cls(total_tokens, num_kv_heads, slots, num_blocks, heads, runs, tokens_per_run, token_chunks)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a chunk; the last one may have fewer."""
+        return self.runs * self.tokens_per_run
+
+    @property
+    def buckets(self) -> int:
+        """Buckets of a chunk."""
+        return self.heads * self.num_blocks
+
+    @property
+    def head_chunks(self) -> int:
+        """Chunks along the kv heads."""
+        return self.num_kv_heads // self.heads
+
+    @property
+    def pairs(self) -> int:
+        """Pairs of a chunk at most."""
+        return min(self.tokens, self.total_tokens) * self.heads * self.slots
+
+    @property
+    def counters(self) -> int:
+        """Counters of the index: (chunk of tokens, bucket of all, run)."""
+        return self.token_chunks * self.num_kv_heads * self.num_blocks * self.runs
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        """The chunks, as (number, first kv head, first token, tokens)."""
+        for head_chunk in range(self.head_chunks):
+            for token_chunk in range(self.token_chunks):
+                first_token = token_chunk * self.tokens
+                tokens = min(self.tokens, self.total_tokens - first_token)
+                number = head_chunk * self.token_chunks + token_chunk
+                yield number, head_chunk * self.heads, first_token, tokens
+
+
+MIN_CHUNK_TOKENS = 256
+
+
+def tokens_per_step(slots: int) -> int:
+    """Tokens whose pairs are placed at once."""
+    return max(1, SCATTER_ENTRIES // padded(slots, 1))
+
+
+@dataclass(frozen=True)
+class InvertedIndex:
+    """The index of one selection.
+
+    Attributes:
+        chunks: how it is cut.
+        place: the pair of each slot, -1 where the slot does not count, int32 `[N, Hk, T]`.
+        pairs: token of each pair, int32 `[N * Hk * T]`, used as far as there are valid entries.
+        run_ends: one past the last pair of each (chunk of tokens, bucket, run), int32.
+    """
+
+    chunks: Chunks
+    place: Tensor
+    pairs: Tensor
+    run_ends: Tensor
+
+    def segments(self, segment_pairs: int) -> Segments:
+        """Cuts the buckets of every chunk into segments of at most `segment_pairs` pairs."""
+        chunks = self.chunks
+        flat = chunks.head_chunks * chunks.token_chunks * chunks.buckets
+        counts = torch.empty(flat, dtype=torch.int32, device=self.pairs.device)
+        sizes = (flat, chunks.buckets, chunks.head_chunks, chunks.token_chunks, chunks.runs, segment_pairs)
+        grid = (triton.cdiv(flat, SEGMENT_BUCKETS),)
+        _count_segments_kernel[grid](self.run_ends, counts, *sizes, SEGMENT_BUCKETS)
+        ends = torch.cumsum(counts, 0, dtype=torch.int32)
+        # In any chunk a bucket has a segment that is not full at most once.
+        most = self.pairs.numel() // segment_pairs + min(flat, self.pairs.numel())
+        table = torch.empty((most, SEGMENT_FIELDS), dtype=torch.int32, device=self.pairs.device)
+        _fill_segments_kernel[grid](self.run_ends, ends, table, *sizes, SEGMENT_FIELDS, SEGMENT_BUCKETS)
+        most_of_chunk = chunks.pairs // segment_pairs + min(chunks.buckets, chunks.pairs)
+        return Segments(table, ends, most_of_chunk, segment_pairs)
+
+
+@dataclass(frozen=True)
+class Segments:
+    """The segments of all chunks, chunk after chunk.
+
+    Attributes:
+        table: first pair, first pair of the chunk, pairs, bucket (of all); int32 `[S, 4]`.
+        ends: one past the last segment of each (chunk, bucket of the chunk), int32.
+        most_of_chunk: upper bound of the segments of a chunk, which is the grid of its main kernel.
+        segment_pairs: pairs of a segment at most.
+    """
+
+    table: Tensor
+    ends: Tensor
+    most_of_chunk: int
+    segment_pairs: int
+
+
+def mark_valid(block_indices: Tensor, cu_seqlens: Tensor, block_size: int) -> Tensor:
+    """0 for the entries of a selection that count and -1 for the others, int32 `[N, Hk, T]`."""
+    place = torch.empty(block_indices.shape, dtype=torch.int32, device=block_indices.device)
+    _count_pairs(block_indices, cu_seqlens, block_size, place, None, 0, 1, 1)
+    return place
+
+
+def build_index(block_indices: Tensor, cu_seqlens: Tensor, block_size: int, chunks: Chunks) -> InvertedIndex:
+    """The inverted index of a selection int32 `[N, Hk, T]` of any content."""
+    total_tokens, num_kv_heads, slots = block_indices.shape
+    new = {"dtype": torch.int32, "device": block_indices.device}
+    place = torch.empty(block_indices.shape, **new)
+    counts = torch.zeros(chunks.counters, **new)
+    _count_pairs(
+        block_indices, cu_seqlens, block_size, place, counts, chunks.num_blocks, chunks.tokens_per_run, chunks.runs
+    )
+    # Exclusive sums: where each run of a bucket begins. The next kernel moves every one to its end.
+    run_ends = torch.cumsum(counts, 0, dtype=torch.int32).sub_(counts)
+    # Zeros, so that an index that is saved has nothing undefined in it.
+    pairs = torch.zeros(block_indices.numel(), **new)
+    _scatter_pairs_kernel[(triton.cdiv(total_tokens, chunks.tokens_per_run), num_kv_heads)](
+        block_indices, cu_seqlens, place, run_ends, pairs,
+        total_tokens, cu_seqlens.numel() - 1, chunks.num_blocks, chunks.tokens_per_run, chunks.runs,
+        num_kv_heads, slots, padded(slots, 1), block_size, tokens_per_step(slots), num_warps=1,
+    )  # fmt: skip
+    return InvertedIndex(chunks, place, pairs, run_ends)
+
+
+def _count_pairs(
+    block_indices: Tensor,
+    cu_seqlens: Tensor,
+    block_size: int,
+    place: Tensor,
+    counts: Tensor | None,
+    num_blocks: int,
+    tokens_per_run: int,
+    runs: int,
+) -> None:
+    total_tokens, num_kv_heads, slots = block_indices.shape
+    tokens = max(1, COUNT_ENTRIES // padded(slots, 1))
+    _count_pairs_kernel[(triton.cdiv(total_tokens, tokens), num_kv_heads)](
+        block_indices, cu_seqlens, place, place if counts is None else counts,
+        total_tokens, cu_seqlens.numel() - 1, num_blocks, tokens_per_run, runs,
+        num_kv_heads, slots, padded(slots, 1), block_size, counts is not None, tokens,
+    )  # fmt: skip
+
+
+@triton.jit
+def _bucket_runs(
+    block, token, head, cu_seqlens_ptr, num_sequences, num_blocks, tokens_per_run, runs,
+    HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Counter of each entry, (chunk of tokens, bucket, run), and whether its block exists and is not in the future."""
+    sequence = sequence_of(token, cu_seqlens_ptr, num_sequences, 0)
+    start = tl.load(cu_seqlens_ptr + sequence)
+    # geometry.num_eligible_blocks
+    eligible = (block >= 0) & (block <= (token - start) // BLOCK_SIZE)
+    run = token // tokens_per_run
+    bucket = run // runs * (HEADS * num_blocks) + head * num_blocks + start // BLOCK_SIZE + sequence + block
+    return bucket.to(tl.int64) * runs + run % runs, eligible
+
+
+@triton.jit(do_not_specialize=["total_tokens", "num_sequences", "num_blocks", "tokens_per_run", "runs"])
+def _count_pairs_kernel(
+    block_indices_ptr,
+    cu_seqlens_ptr,
+    place_ptr,
+    count_ptr,
+    total_tokens,
+    num_sequences,
+    num_blocks,
+    tokens_per_run,
+    runs,
+    HEADS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SLOTS_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    COUNT: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Finds the entries that count, and counts them.
+
+    Grid: (tile of tokens, kv head).
+    Owns: place[tile, head] by plain stores; counts by atomics, whose order changes nothing.
+    Invariant: after n steps, entries that repeat one of the first n slots are known.
+    """
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    head = tl.program_id(1)
+    slot = tl.arange(0, SLOTS_PADDED)[None, :]
+    mask_tokens = token < total_tokens
+    mask = mask_tokens[:, None] & (slot < SLOTS)
+    row = (token.to(tl.int64) * HEADS + head) * SLOTS
+    block = tl.load(block_indices_ptr + row[:, None] + slot, mask=mask, other=-1)  # [TOKENS, SLOTS]
+    token = tl.minimum(token, total_tokens - 1)[:, None]
+    at, valid = _bucket_runs(
+        block, token, head, cu_seqlens_ptr, num_sequences, num_blocks, tokens_per_run, runs, HEADS, BLOCK_SIZE
+    )
+    for i in range(SLOTS - 1):
+        other = tl.load(block_indices_ptr + row + i, mask=mask_tokens, other=-1)[:, None]
+        valid = valid & ((block != other) | (slot <= i))
+    tl.store(place_ptr + row[:, None] + slot, tl.where(valid, 0, -1), mask=mask)
+    if COUNT:
+        tl.atomic_add(count_ptr + at, 1, mask=valid & mask, sem="relaxed")
+
+
+@triton.jit
+def _entries(
+    block_indices_ptr, place_ptr, first, end, head,
+    HEADS: tl.constexpr, SLOTS: tl.constexpr, SLOTS_PADDED: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Block and place of the entries of the tokens from `first` to `end`, -1 for those that are not there."""
+    entry = tl.arange(0, TOKENS * SLOTS_PADDED)
+    token, slot = first + entry // SLOTS_PADDED, entry % SLOTS_PADDED
+    mask = (token < end) & (slot < SLOTS)
+    offs = (token.to(tl.int64) * HEADS + head) * SLOTS + slot
+    block = tl.load(block_indices_ptr + offs, mask=mask, other=-1)
+    return block, tl.load(place_ptr + offs, mask=mask, other=-1)
+
+
+@triton.jit(do_not_specialize=["total_tokens", "num_sequences", "num_blocks", "tokens_per_run", "runs"])
+def _scatter_pairs_kernel(
+    block_indices_ptr,
+    cu_seqlens_ptr,
+    place_ptr,
+    run_end_ptr,
+    pairs_ptr,
+    total_tokens,
+    num_sequences,
+    num_blocks,
+    tokens_per_run,
+    runs,
+    HEADS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SLOTS_PADDED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Writes the pairs of a run to their places, in the order of their tokens.
+
+    Grid: (run of all tokens, kv head).
+    Owns: the pairs and places of the run, and its counters, which nobody else touches.
+    Invariant: after a step, each counter of the run stands behind the pairs written so far.
+    """
+    head = tl.program_id(1)
+    ENTRIES: tl.constexpr = TOKENS * SLOTS_PADDED
+    entry = tl.arange(0, ENTRIES)
+    slot = entry % SLOTS_PADDED
+    begin = tl.program_id(0) * tokens_per_run
+    end = tl.minimum(begin + tokens_per_run, total_tokens)
+    block_next, place_next = _entries(
+        block_indices_ptr, place_ptr, begin, end, head, HEADS, SLOTS, SLOTS_PADDED, TOKENS
+    )
+    for first in range(begin, end, TOKENS):
+        # Loaded one step ahead, as a step is shorter than the way to memory.
+        block, valid = block_next, place_next == 0
+        block_next, place_next = _entries(
+            block_indices_ptr, place_ptr, first + TOKENS, end, head, HEADS, SLOTS, SLOTS_PADDED, TOKENS
+        )
+        token = first + entry // SLOTS_PADDED
+        counter, _ = _bucket_runs(
+            block, tl.minimum(token, total_tokens - 1), head,
+            cu_seqlens_ptr, num_sequences, num_blocks, tokens_per_run, runs, HEADS, BLOCK_SIZE,
+        )  # fmt: skip
+        before = tl.load(run_end_ptr + counter, mask=valid, other=0)
+        # Entries of this step that share a counter: those before (low half) and behind (high half) each of them.
+        named = tl.where(valid, counter.to(tl.int32), -1 - entry)
+        same = named[:, None] == named[None, :]
+        others = tl.where(entry[None, :] < entry[:, None], 1, tl.where(entry[None, :] > entry[:, None], 1 << 16, 0))
+        others = tl.sum(tl.where(same, others, 0), 1)
+        at = before + others % (1 << 16)
+        tl.store(pairs_ptr + at, token, mask=valid)
+        tl.store(place_ptr + (token.to(tl.int64) * HEADS + head) * SLOTS + slot, at, mask=valid)
+        # The reads of this step come before its writes, and these before the reads of the next one.
+        tl.debug_barrier()
+        tl.store(run_end_ptr + counter, at + 1, mask=valid & (others < (1 << 16)))
+        tl.debug_barrier()
+
+
+@triton.jit
+def chunk_pairs(flat, run_end_ptr, buckets, head_chunks, token_chunks, runs, mask):
+    """Of each (chunk, bucket of the chunk): bucket (of all), first pair, one past the last, first of the chunk."""
+    chunk = flat // buckets
+    token_chunk = chunk % token_chunks
+    first_bucket = chunk // token_chunks * buckets
+    bucket = first_bucket + flat % buckets
+    first_row = token_chunk.to(tl.int64) * (head_chunks * buckets)
+    row = (first_row + bucket) * runs
+    chunk_row = (first_row + first_bucket) * runs
+    # Pairs begin where those of the counter before end.
+    begin = tl.load(run_end_ptr + row - 1, mask=mask & (row > 0), other=0)
+    end = tl.load(run_end_ptr + row + runs - 1, mask=mask, other=0)
+    first = tl.load(run_end_ptr + chunk_row - 1, mask=mask & (chunk_row > 0), other=0)
+    return bucket, begin, end, first
+
+
+@triton.jit(do_not_specialize=["num_flat", "buckets", "head_chunks", "token_chunks", "runs", "segment_pairs"])
+def _count_segments_kernel(
+    run_end_ptr,
+    count_ptr,
+    num_flat,
+    buckets,
+    head_chunks,
+    token_chunks,
+    runs,
+    segment_pairs,
+    TILE: tl.constexpr,
+):
+    """Counts the segments of each (chunk, bucket of the chunk).
+
+    Grid: (tile of them,).
+    Owns: their counts.
+    Invariant: no loop.
+    """
+    flat = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    mask = flat < num_flat
+    _, begin, end, _ = chunk_pairs(flat, run_end_ptr, buckets, head_chunks, token_chunks, runs, mask)
+    tl.store(count_ptr + flat, (end - begin + segment_pairs - 1) // segment_pairs, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_flat", "buckets", "head_chunks", "token_chunks", "runs", "segment_pairs"])
+def _fill_segments_kernel(
+    run_end_ptr,
+    segment_end_ptr,
+    table_ptr,
+    num_flat,
+    buckets,
+    head_chunks,
+    token_chunks,
+    runs,
+    segment_pairs,
+    FIELDS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Writes the segments of each (chunk, bucket of the chunk).
+
+    Grid: (tile of them,).
+    Owns: their rows of the table.
+    Invariant: after n steps, the first n segments of each are written.
+    """
+    flat = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    mask = flat < num_flat
+    bucket, begin, end, first_of_chunk = chunk_pairs(flat, run_end_ptr, buckets, head_chunks, token_chunks, runs, mask)
+    count = (end - begin + segment_pairs - 1) // segment_pairs
+    first = tl.load(segment_end_ptr + flat, mask=mask, other=0) - count
+    for i in range(0, tl.max(count, 0)):
+        row = table_ptr + (first + i).to(tl.int64) * FIELDS
+        here = mask & (i < count)
+        pair = begin + i * segment_pairs
+        tl.store(row, pair, mask=here)
+        tl.store(row + 1, first_of_chunk, mask=here)
+        tl.store(row + 2, tl.minimum(end - pair, segment_pairs), mask=here)
+        tl.store(row + 3, bucket, mask=here)

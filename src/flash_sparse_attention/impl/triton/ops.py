@@ -1,0 +1,186 @@
+"""The operators that `torch` sees: custom operators with shapes for tracing and gradients, over the kernel launchers."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from ...types import AttentionOutput, SequenceLayout
+from ...validation import bad
+from .delta import launch_delta
+from .inverted_index import Chunks, InvertedIndex, build_index, mark_valid
+from .selected_kv_outer import launch_selected_bwd_kv_outer, launch_selected_fwd_kv_outer
+from .selected_query_outer import launch_selected_dq_query_outer, launch_selected_fwd_query_outer
+from .tuning import SelectedShape, loop_order_of, tiles_of
+
+MAX_PAIRS = 2**31
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    block_size: int,
+    layout: SequenceLayout,
+    softmax_scale: float,
+    loop_order: str = "auto",
+    workspace_mib: int = 1024,
+    save_index: bool = True,
+) -> AttentionOutput:
+    """As `reference.selected_attention`, by Triton kernels in either loop order.
+
+    Args:
+        q: `[N, Hq, Dk]`; k: `[N, Hk, Dk]`; v: `[N, Hk, Dv]`; block_indices: int32 `[N, Hk, T]`.
+        block_size: tokens of a block.
+        layout: of the N tokens.
+        softmax_scale: factor of the scores.
+        loop_order: `kv_outer`, `query_outer`, or `auto`, which takes what was measured to be faster.
+        workspace_mib: bound of the partial results that the KV-outer order keeps at a time, MiB.
+        save_index: keep the inverted index for the backward pass; otherwise it is built again.
+
+    Raises:
+        ValueError: if the selection has 2**31 entries or more.
+    """
+    if block_indices.numel() >= MAX_PAIRS:
+        raise bad("block_indices", f"of fewer than {MAX_PAIRS} entries", block_indices.numel(), "split the pack")
+    tensors = q, k, v, block_indices, layout.cu_seqlens
+    out, lse, *_ = _selected_attention(*tensors, block_size, softmax_scale, loop_order, workspace_mib, save_index)
+    return AttentionOutput(out, lse)
+
+
+@torch.library.custom_op("flash_sparse_attention::selected_attention_triton", mutates_args=())
+def _selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    cu_seqlens: Tensor,
+    block_size: int,
+    softmax_scale: float,
+    loop_order: str,
+    workspace_mib: int,
+    save_index: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """out, lse, and the inverted index (place, pairs, run_ends) if it is kept, three empty tensors if not."""
+    if q.shape[0] == 0:
+        return _empty_outputs(q, v, block_indices)
+    q, k, v, block_indices = _dense_rows(q), _dense_rows(k), _dense_rows(v), block_indices.contiguous()
+    shape = SelectedShape.of(q, k, v, block_indices, block_size)
+    tiles = tiles_of(shape)
+    if loop_order_of(shape, loop_order) == "query_outer":
+        place = mark_valid(block_indices, cu_seqlens, block_size)
+        out, lse = launch_selected_fwd_query_outer(
+            q, k, v, block_indices, place, cu_seqlens, block_size, softmax_scale, tiles.query_outer
+        )
+        return out, lse, *_nothing(q)
+    index = _index(shape, block_indices, cu_seqlens, block_size, workspace_mib)
+    out, lse = launch_selected_fwd_kv_outer(
+        q, k, v, index, cu_seqlens, block_size, softmax_scale, tiles.kv_outer_forward
+    )
+    if not save_index:
+        return out, lse, *_nothing(q)
+    return out, lse, index.place, index.pairs, index.run_ends
+
+
+@torch.library.custom_op("flash_sparse_attention::selected_attention_triton_backward", mutates_args=())
+def _selected_attention_backward(
+    d_out: Tensor,
+    d_lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    cu_seqlens: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    place: Tensor,
+    pairs: Tensor,
+    run_ends: Tensor,
+    block_size: int,
+    softmax_scale: float,
+    loop_order: str,
+    workspace_mib: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; probabilities are computed again from lse."""
+    if q.shape[0] == 0:
+        return _empty_gradients(q, k, v)
+    q, k, v, d_out, block_indices = *map(_dense_rows, (q, k, v, d_out)), block_indices.contiguous()
+    shape = SelectedShape.of(q, k, v, block_indices, block_size)
+    tiles = tiles_of(shape)
+    delta = launch_delta(d_out, d_lse.contiguous(), out)
+    if place.numel() > 0:
+        index = InvertedIndex(_chunks(shape, block_indices, cu_seqlens, workspace_mib), place, pairs, run_ends)
+    else:
+        index = _index(shape, block_indices, cu_seqlens, block_size, workspace_mib)
+    sizes = cu_seqlens, block_size, softmax_scale
+    if loop_order_of(shape, loop_order) == "query_outer":
+        given = d_out, q, k, v, lse, delta
+        dq = launch_selected_dq_query_outer(*given, block_indices, index.place, *sizes, tiles.query_outer)
+        dk, dv = launch_selected_bwd_kv_outer(*given, index, *sizes, tiles.kv_outer_backward, None)
+        return dq, dk, dv
+    dq = q.new_empty(q.shape)
+    dk, dv = launch_selected_bwd_kv_outer(d_out, q, k, v, lse, delta, index, *sizes, tiles.kv_outer_backward, dq)
+    return dq, dk, dv
+
+
+def _chunks(shape: SelectedShape, block_indices: Tensor, cu_seqlens: Tensor, workspace_mib: int) -> Chunks:
+    """How both passes cut the work; the same, so that they can share an index."""
+    parts = triton.cdiv(shape.block_size, tiles_of(shape).kv_outer_backward.keys)
+    row_bytes = max(shape.dim_v * shape.dtype.itemsize + 4, shape.dim_k * shape.dtype.itemsize * parts)
+    num_sequences = cu_seqlens.numel() - 1
+    return Chunks.fit(block_indices, num_sequences, shape.block_size, shape.group * row_bytes, workspace_mib << 20)
+
+
+def _index(
+    shape: SelectedShape, block_indices: Tensor, cu_seqlens: Tensor, block_size: int, workspace_mib: int
+) -> InvertedIndex:
+    return build_index(block_indices, cu_seqlens, block_size, _chunks(shape, block_indices, cu_seqlens, workspace_mib))
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """`x` if its heads are adjacent and their elements contiguous, as in a slice of a fused projection; or a copy."""
+    adjacent = x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
+    return x if adjacent and x.stride(0) >= x.shape[1] * x.shape[2] else x.contiguous()
+
+
+def _nothing(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return (*(torch.empty(0, dtype=torch.int32, device=x.device) for _ in range(3)),)
+
+
+def _empty_outputs(q: Tensor, v: Tensor, block_indices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    out, lse = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=torch.float32)
+    return out, lse, *_nothing(block_indices)
+
+
+def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    q, k, v, block_indices, cu_seqlens, block_size, softmax_scale, loop_order, workspace_mib, _ = inputs
+    ctx.save_for_backward(q, k, v, block_indices, cu_seqlens, *output)
+    ctx.sizes = block_size, softmax_scale, loop_order, workspace_mib
+
+
+def _differentiate(ctx, d_out, d_lse, *_):  # type: ignore[no-untyped-def]
+    return (*_selected_attention_backward(d_out, d_lse, *ctx.saved_tensors, *ctx.sizes), *[None] * 7)
+
+
+@_selected_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, cu_seqlens: Tensor, block_size: int, softmax_scale: float,
+    loop_order: str, workspace_mib: int, save_index: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    out, lse, *nothing = _empty_outputs(q, v, block_indices)
+    shape = SelectedShape.of(q, k, v, block_indices, block_size)
+    if not save_index or loop_order_of(shape, loop_order) == "query_outer":
+        return out, lse, *nothing
+    chunks = _chunks(shape, block_indices, cu_seqlens, workspace_mib)
+    place, pairs = block_indices.new_empty(block_indices.shape), block_indices.new_empty(block_indices.numel())
+    return out, lse, place, pairs, block_indices.new_empty(chunks.counters)
+
+
+_selected_attention_backward.register_fake(lambda d_out, d_lse, q, k, v, *_: _empty_gradients(q, k, v))
+_selected_attention.register_autograd(_differentiate, setup_context=_save)

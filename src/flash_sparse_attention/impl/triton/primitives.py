@@ -1,0 +1,80 @@
+"""What the kernels share: index arithmetic of packed sequences and of (token, head) rows, launch helpers."""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+
+LOG2_E, LN_2 = math.log2(math.e), math.log(2)
+
+
+def padded(size: int, at_least: int = 16) -> int:
+    """The power of two that a tile of `size` takes; matrix units want 16 at least."""
+    return max(at_least, triton.next_power_of_2(size))
+
+
+@triton.constexpr_function
+def padded_dim(dim):
+    """`padded`, inside a kernel."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def pack_blocks(total_tokens: int, num_sequences: int, block_size: int) -> int:
+    """Upper bound of the block ids of a pack; see `sequence_of`."""
+    return total_tokens // block_size + num_sequences
+
+
+@triton.jit
+def sequence_of(x, cu_seqlens_ptr, num_sequences, BLOCK_SIZE: tl.constexpr):
+    """The sequence of token `x` of the pack (BLOCK_SIZE 0), or of block `x` of the pack.
+
+    Block j of sequence s has the id cu_seqlens[s] // BLOCK_SIZE + s + j in the pack. A sequence of L tokens has at most
+    L // BLOCK_SIZE + 1 blocks, so ids of two sequences never meet, some ids name no block, and nothing must be summed
+    to know them. Worked example, blocks of 4, lengths 5 and 6: ids 0, 1 and, as 5 // 4 + 1 = 2, the ids 2, 3.
+    """
+    low = x * 0
+    high = low + num_sequences
+    width = num_sequences
+    # Invariant: the first id of `low` is <= x, that of `high` is > x.
+    while width > 1:
+        middle = (low + high) // 2
+        first = tl.load(cu_seqlens_ptr + middle)
+        if BLOCK_SIZE > 0:
+            first = first // BLOCK_SIZE + middle
+        after = first <= x
+        low = tl.where(after, middle, low)
+        high = tl.where(after, high, middle)
+        width = (width + 1) // 2
+    return low
+
+
+@triton.jit
+def block_bounds(block, cu_seqlens_ptr, num_sequences, BLOCK_SIZE: tl.constexpr):
+    """First token of a block of the pack, and one past the last token of its sequence."""
+    sequence = sequence_of(block, cu_seqlens_ptr, num_sequences, BLOCK_SIZE)
+    start = tl.load(cu_seqlens_ptr + sequence)
+    end = tl.load(cu_seqlens_ptr + sequence + 1)
+    # geometry.first_token_of_block, in the pack
+    return start + (block - start // BLOCK_SIZE - sequence) * BLOCK_SIZE, end
+
+
+@triton.jit
+def load_rows(x_ptr, rows, mask_rows, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Rows of `DIM` contiguous elements that start at the offsets `rows` (64-bit): [ROWS, PADDED], 0 where masked."""
+    offs = tl.arange(0, PADDED)
+    mask = mask_rows[:, None]
+    if PADDED != DIM:
+        mask = mask & (offs < DIM)[None, :]
+    return tl.load(x_ptr + rows[:, None] + offs[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(x_ptr, rows, mask_rows, tile, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Stores a tile [ROWS, PADDED] as rows of `DIM` contiguous elements at the offsets `rows` (64-bit)."""
+    offs = tl.arange(0, PADDED)
+    mask = mask_rows[:, None]
+    if PADDED != DIM:
+        mask = mask & (offs < DIM)[None, :]
+    tl.store(x_ptr + rows[:, None] + offs[None, :], tile.to(x_ptr.dtype.element_ty), mask=mask)

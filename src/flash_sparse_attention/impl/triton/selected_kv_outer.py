@@ -1,0 +1,405 @@
+"""Selected attention, key/value blocks in the outer loop (FSA), forward and backward.
+
+    bucket of block j:  (t3,h0) (t3,h1) (t9,h0) (t9,h1) | (t12,h0) ...   rows: (token, head of the group)
+                        `------ a tile of rows -------'
+    program             K_j, V_j stay;   S = Q K_j^T;   P = exp2(S - its row maximum);   P V_j / its row sum
+                             |
+    partial results     [token, head, slot] -> merged over the slots of a row by their lse
+
+Rows come straight from the inverted index, so that no head grouping is padded. A program owns a segment of a bucket.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .inverted_index import SEGMENT_FIELDS, InvertedIndex
+from .merge import launch_merge
+from .primitives import LOG2_E, block_bounds, load_rows, padded_dim, store_rows
+from .tuning import KvOuterTiles
+
+
+def launch_selected_fwd_kv_outer(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    index: InvertedIndex,
+    cu_seqlens: Tensor,
+    block_size: int,
+    softmax_scale: float,
+    tiles: KvOuterTiles,
+) -> tuple[Tensor, Tensor]:
+    """out `[N, Hq, Dv]` and lse `[N, Hq]` (natural logarithm, float32)."""
+    (total_tokens, num_heads, dim_k), (_, num_kv_heads, dim_v) = q.shape, v.shape
+    group, chunks = num_heads // num_kv_heads, index.chunks
+    out = q.new_empty(total_tokens, num_heads, dim_v)
+    lse = q.new_empty(total_tokens, num_heads, dtype=torch.float32)
+    segments = index.segments(tiles.segment_pairs)
+    if softmax_scale <= 0:
+        # The kernel takes the largest product for the largest score.
+        q, softmax_scale = (-q, -softmax_scale) if softmax_scale < 0 else (torch.zeros_like(q), 1.0)
+    partial = q.new_empty(chunks.pairs * group, dim_v)
+    partial_lse = lse.new_empty(chunks.pairs * group)
+    for number, first_head, first_token, tokens in chunks:
+        _selected_fwd_kv_outer_kernel[(segments.most_of_chunk,)](
+            q, k, v, partial, partial_lse, index.pairs, segments.table, segments.ends, cu_seqlens,
+            cu_seqlens.numel() - 1, chunks.num_blocks, number * chunks.buckets, chunks.buckets,
+            softmax_scale * LOG2_E, q.stride(0), k.stride(0), v.stride(0), group, dim_k, dim_v, block_size, tiles.rows, tiles.keys, tiles.stages,
+            num_warps=tiles.warps, maxnreg=tiles.registers,
+        )  # fmt: skip
+        launch_merge(partial, partial_lse, index, out, lse, 1.0, first_head, first_token, tokens)
+    return out, lse
+
+
+@triton.jit
+def _segment(table_ptr, ends_ptr, first_flat, buckets, FIELDS: tl.constexpr):
+    """First pair (of all, and of the chunk), pairs and bucket of the segment of this program; it may have no pairs."""
+    segment = tl.program_id(0) + tl.load(ends_ptr + first_flat - 1, mask=first_flat > 0, other=0)
+    exists = segment < tl.load(ends_ptr + first_flat + buckets - 1)
+    row = table_ptr + segment.to(tl.int64) * FIELDS
+    first_pair = tl.load(row, mask=exists, other=0)
+    in_chunk = first_pair - tl.load(row + 1, mask=exists, other=0)
+    pairs = tl.load(row + 2, mask=exists, other=0)
+    bucket = tl.load(row + 3, mask=exists, other=0)
+    return first_pair, in_chunk, pairs, bucket
+
+
+@triton.jit
+def _pairs_of_rows(first_row, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """Pair and head of the group of each row of a tile; rows are (pair, head of the group)."""
+    lane = tl.arange(0, ROWS)
+    if ROWS % GROUP == 0:
+        # The same, as `first_row` is a multiple of ROWS, but most of it does not change from tile to tile.
+        return first_row // GROUP + lane // GROUP, lane % GROUP
+    return (first_row + lane) // GROUP, (first_row + lane) % GROUP
+
+
+@triton.jit
+def _tokens(pairs_ptr, first_row, num_rows, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """Token of each row of a tile, 0 for rows that are not there. Unsigned, so that offsets cost one instruction."""
+    pair, _ = _pairs_of_rows(first_row, GROUP, ROWS)
+    mask = first_row + tl.arange(0, ROWS) < num_rows
+    return tl.load(pairs_ptr + pair, mask=mask, other=0).to(tl.uint32)
+
+
+@triton.jit
+def _gather(
+    x_ptr, token, first_row,
+    STRIDE: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The rows of a tile, [ROWS, PADDED]; rows that are not there hold those of token 0."""
+    _, g = _pairs_of_rows(first_row, GROUP, ROWS)
+    offs = tl.arange(0, PADDED)[None, :]
+    x_ptrs = (x_ptr + (g * DIM)[:, None] + offs) + (token.to(tl.int64) * STRIDE)[:, None]
+    if PADDED == DIM:
+        return tl.load(x_ptrs)
+    return tl.load(x_ptrs, mask=(token >= 0)[:, None] & (offs < DIM), other=0.0)
+
+
+@triton.jit
+def _first_viewer(key, key_end):
+    """The first token of the sequence's own that sees each key of a tile; none sees those that are not of the block."""
+    return tl.where(key < key_end, key, 2147483647)
+
+
+@triton.jit
+def _hide(scores, token, first_viewer):
+    """Scores [ROWS, KEYS], -inf where the token of the row does not see the key.
+
+    All tiles pay for the comparison, though only the first ones of a bucket need it: in a branch the compiler predicates
+    it, which costs three times as much.
+    """
+    return tl.where(first_viewer[None, :] <= token[:, None].to(tl.int32), scores, -float("inf"))
+
+
+@triton.jit(do_not_specialize=["num_sequences", "num_blocks", "first_flat", "buckets"])
+def _selected_fwd_kv_outer_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    partial_ptr,
+    partial_lse_ptr,
+    pairs_ptr,
+    segments_ptr,
+    segment_ends_ptr,
+    cu_seqlens_ptr,
+    num_sequences,
+    num_blocks,
+    first_flat,
+    buckets,
+    scale_log2,
+    STRIDE_Q: tl.constexpr,
+    STRIDE_K: tl.constexpr,
+    STRIDE_V: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM_K: tl.constexpr,
+    DIM_V: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The softmax of each (token, head, slot) over its block, normalised, with its lse in log2 units.
+
+    Grid: (segment of the chunk,); programs beyond the last segment leave.
+    Owns: the partial results of its pairs, by plain stores.
+    Invariant: after n steps, the rows of the first n tiles are stored.
+    """
+    PADDED_K: tl.constexpr = padded_dim(DIM_K)
+    PADDED_V: tl.constexpr = padded_dim(DIM_V)
+    first_pair, in_chunk, pairs, bucket = _segment(segments_ptr, segment_ends_ptr, first_flat, buckets, FIELDS)
+    if pairs == 0:
+        return
+    head = bucket // num_blocks
+    key_start, key_end = block_bounds(bucket % num_blocks, cu_seqlens_ptr, num_sequences, BLOCK_SIZE)
+    key_end = tl.minimum(key_end, key_start + BLOCK_SIZE)
+    key = key_start + tl.arange(0, KEYS)
+    k_rows = key.to(tl.int64) * STRIDE_K + head * DIM_K
+    v_rows = key.to(tl.int64) * STRIDE_V + head * DIM_V
+    k = load_rows(k_ptr, k_rows, key < key_end, DIM_K, PADDED_K)  # [KEYS, DK]
+    v = load_rows(v_ptr, v_rows, key < key_end, DIM_V, PADDED_V)  # [KEYS, DV]
+    num_rows = pairs * GROUP
+    first_viewer = _first_viewer(key, key_end)
+    q_head_ptr = q_ptr + head * (GROUP * DIM_K)
+    partial_ptr += in_chunk.to(tl.int64) * (GROUP * DIM_V)
+    partial_lse_ptr += in_chunk.to(tl.int64) * GROUP
+    token_next = _tokens(pairs_ptr + first_pair, 0, num_rows, GROUP, ROWS)
+    for first_row in tl.range(0, num_rows, ROWS, num_stages=STAGES):
+        # Loaded one step ahead, as the rows of q cannot be asked for before their tokens are there.
+        token = token_next
+        token_next = _tokens(pairs_ptr + first_pair, first_row + ROWS, num_rows, GROUP, ROWS)
+        q = _gather(q_head_ptr, token, first_row, STRIDE_Q, GROUP, DIM_K, PADDED_K, ROWS)  # [ROWS, DK]
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = _hide(scores, token, first_viewer)
+        # The first key of a block is visible to all of its rows, so that no maximum is -inf.
+        largest = tl.max(scores, 1) * scale_log2
+        p = tl.exp2(scores * scale_log2 - largest[:, None])
+        total = tl.sum(p, 1)
+        if BLOCK_SIZE > KEYS:
+            out = tl.dot(p.to(v.dtype), v, input_precision="ieee")
+            for first_key in tl.range(KEYS, BLOCK_SIZE, KEYS):
+                more = first_key + key
+                k_more = load_rows(k_ptr, k_rows + first_key * STRIDE_K, more < key_end, DIM_K, PADDED_K)
+                v_more = load_rows(v_ptr, v_rows + first_key * STRIDE_V, more < key_end, DIM_V, PADDED_V)
+                scores = tl.dot(q, tl.trans(k_more), input_precision="ieee")
+                scores = _hide(scores, token, _first_viewer(more, key_end))
+                larger = tl.maximum(largest, tl.max(scores, 1) * scale_log2)
+                p = tl.exp2(scores * scale_log2 - larger[:, None])
+                shrink = tl.exp2(largest - larger)
+                total = total * shrink + tl.sum(p, 1)
+                out = tl.dot(p.to(v.dtype), v_more, out * shrink[:, None], input_precision="ieee")
+                largest = larger
+            out = out * (1.0 / total)[:, None]
+        else:
+            p = p * (1.0 / total)[:, None]
+            out = tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        row = first_row + tl.arange(0, ROWS)
+        mask = row < num_rows
+        store_rows(partial_ptr, row.to(tl.int64) * DIM_V, mask, out, DIM_V, PADDED_V)
+        tl.store(partial_lse_ptr + row, largest + tl.log2(total), mask=mask)
+
+
+def launch_selected_bwd_kv_outer(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    index: InvertedIndex,
+    cu_seqlens: Tensor,
+    block_size: int,
+    softmax_scale: float,
+    tiles: KvOuterTiles,
+    dq: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of k and v, and of q into `dq` if there is one; `delta` is the shift of `launch_delta`.
+
+    Every sum runs in an order that the inverted index fixes, so results are bitwise equal from run to run.
+    """
+    (total_tokens, num_heads, dim_k), (_, num_kv_heads, dim_v) = q.shape, v.shape
+    group, chunks, parts = num_heads // num_kv_heads, index.chunks, triton.cdiv(block_size, tiles.keys)
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
+    segments = index.segments(tiles.segment_pairs)
+    partial = q.new_empty(chunks.pairs * group * parts if dq is not None else 1, dim_k)
+    wide = {"dtype": torch.float32, "device": q.device}
+    dk_tiles = torch.empty(segments.most_of_chunk, parts * tiles.keys, dim_k, **wide)
+    dv_tiles = torch.empty(segments.most_of_chunk, parts * tiles.keys, dim_v, **wide)
+    # Chunks of tokens add up in float32.
+    many = chunks.token_chunks > 1
+    dk_sum = torch.empty((total_tokens, chunks.heads, dim_k) if many else (1,), **wide)
+    dv_sum = torch.empty((total_tokens, chunks.heads, dim_v) if many else (1,), **wide)
+    for number, first_head, first_token, tokens in chunks:
+        common = cu_seqlens.numel() - 1, chunks.num_blocks, number * chunks.buckets, chunks.buckets
+        _selected_bwd_kv_outer_kernel[(segments.most_of_chunk, parts)](
+            q, k, v, d_out, lse, delta, partial, dk_tiles, dv_tiles,
+            index.pairs, segments.table, segments.ends, cu_seqlens,
+            *common, softmax_scale * LOG2_E, q.stride(0), k.stride(0), v.stride(0), d_out.stride(0),
+            num_heads, group, dim_k, dim_v, block_size, dq is not None, tiles.rows, tiles.keys, tiles.stages,
+            num_warps=tiles.warps, maxnreg=tiles.registers,
+        )  # fmt: skip
+        last = first_token + tokens == total_tokens
+        for tiles_f32, total, grad, dim, scale in (
+            (dk_tiles, dk_sum, dk, dim_k, softmax_scale),
+            (dv_tiles, dv_sum, dv, dim_v, 1.0),
+        ):
+            _sum_segments_kernel[(chunks.buckets, triton.cdiv(block_size, SUM_KEYS))](
+                tiles_f32, total, grad, segments.ends, cu_seqlens, *common, first_head, scale,
+                num_kv_heads, chunks.heads, dim, block_size, parts * tiles.keys, first_token == 0, last, SUM_KEYS,
+            )  # fmt: skip
+        if dq is not None:
+            launch_merge(partial, None, index, dq, None, softmax_scale, first_head, first_token, tokens, parts)
+    return dk, dv
+
+
+SUM_KEYS = 16
+
+
+@triton.jit(do_not_specialize=["num_sequences", "num_blocks", "first_flat", "buckets"])
+def _selected_bwd_kv_outer_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    d_out_ptr,
+    lse_ptr,
+    delta_ptr,
+    partial_ptr,
+    dk_ptr,
+    dv_ptr,
+    pairs_ptr,
+    segments_ptr,
+    segment_ends_ptr,
+    cu_seqlens_ptr,
+    num_sequences,
+    num_blocks,
+    first_flat,
+    buckets,
+    scale_log2,
+    STRIDE_Q: tl.constexpr,
+    STRIDE_K: tl.constexpr,
+    STRIDE_V: tl.constexpr,
+    STRIDE_DO: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM_K: tl.constexpr,
+    DIM_V: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WITH_DQ: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dK and dV of a segment, and dQ of each (token, head, slot) before `softmax_scale`.
+
+    Grid: (segment of the chunk, part of its block); programs beyond the last segment leave.
+    Owns: tile [segment, part] of dk and dv, and the partial dQ of its pairs, by plain stores.
+    Invariant: after n steps, dk and dv are the sums over the first n tiles of rows.
+    """
+    PADDED_K: tl.constexpr = padded_dim(DIM_K)
+    PADDED_V: tl.constexpr = padded_dim(DIM_V)
+    first_pair, in_chunk, pairs, bucket = _segment(segments_ptr, segment_ends_ptr, first_flat, buckets, FIELDS)
+    if pairs == 0:
+        return
+    part = tl.program_id(1)
+    parts = tl.num_programs(1)
+    head = bucket // num_blocks
+    block_start, key_end = block_bounds(bucket % num_blocks, cu_seqlens_ptr, num_sequences, BLOCK_SIZE)
+    key_end = tl.minimum(key_end, block_start + BLOCK_SIZE)
+    key = block_start + part * KEYS + tl.arange(0, KEYS)
+    mask_keys = key < key_end
+    k = load_rows(k_ptr, key.to(tl.int64) * STRIDE_K + head * DIM_K, mask_keys, DIM_K, PADDED_K)  # [KEYS, DK]
+    v = load_rows(v_ptr, key.to(tl.int64) * STRIDE_V + head * DIM_V, mask_keys, DIM_V, PADDED_V)  # [KEYS, DV]
+    dk = tl.zeros([KEYS, PADDED_K], tl.float32)
+    dv = tl.zeros([KEYS, PADDED_V], tl.float32)
+    num_rows = pairs * GROUP
+    first_viewer = _first_viewer(key, key_end)
+    q_head_ptr = q_ptr + head * (GROUP * DIM_K)
+    do_head_ptr = d_out_ptr + head * (GROUP * DIM_V)
+    partial_ptr += (in_chunk.to(tl.int64) * (GROUP * parts) + part) * DIM_K
+    token_next = _tokens(pairs_ptr + first_pair, 0, num_rows, GROUP, ROWS)
+    for first_row in tl.range(0, num_rows, ROWS, num_stages=STAGES):
+        token = token_next
+        token_next = _tokens(pairs_ptr + first_pair, first_row + ROWS, num_rows, GROUP, ROWS)
+        q = _gather(q_head_ptr, token, first_row, STRIDE_Q, GROUP, DIM_K, PADDED_K, ROWS)  # [ROWS, DK]
+        do = _gather(do_head_ptr, token, first_row, STRIDE_DO, GROUP, DIM_V, PADDED_V, ROWS)  # [ROWS, DV]
+        row = first_row + tl.arange(0, ROWS)
+        mask = row < num_rows
+        _, g = _pairs_of_rows(first_row, GROUP, ROWS)
+        at_q = token.to(tl.int64) * NUM_HEADS + head * GROUP + g
+        # Rows that are not there have probability 0.
+        lse_log2 = tl.load(lse_ptr + at_q, mask=mask, other=float("inf")) * LOG2_E_
+        delta = tl.load(delta_ptr + at_q, mask=mask, other=0.0)
+        scores_log2 = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse_log2[:, None]
+        scores_log2 = _hide(scores_log2, token, first_viewer)
+        p = tl.exp2(scores_log2)  # [ROWS, KEYS]
+        dp = tl.dot(do, tl.trans(v), input_precision="ieee")
+        dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision="ieee")
+        ds = (p * (dp - delta[:, None])).to(q.dtype)
+        dk = tl.dot(tl.trans(ds), q, dk, input_precision="ieee")
+        if WITH_DQ:
+            dq = tl.dot(ds, k, input_precision="ieee")  # [ROWS, DK]
+            store_rows(partial_ptr, row.to(tl.int64) * (parts * DIM_K), mask, dq, DIM_K, PADDED_K)
+    tile = (tl.program_id(0).to(tl.int64) * parts + part) * KEYS + tl.arange(0, KEYS)
+    everywhere = tl.arange(0, KEYS) >= 0
+    store_rows(dk_ptr, tile * DIM_K, everywhere, dk, DIM_K, PADDED_K)
+    store_rows(dv_ptr, tile * DIM_V, everywhere, dv, DIM_V, PADDED_V)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "num_blocks", "first_flat", "buckets", "first_head"])
+def _sum_segments_kernel(
+    tiles_ptr,
+    sum_ptr,
+    grad_ptr,
+    segment_ends_ptr,
+    cu_seqlens_ptr,
+    num_sequences,
+    num_blocks,
+    first_flat,
+    buckets,
+    first_head,
+    scale,
+    HEADS: tl.constexpr,
+    CHUNK_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Sums the tiles of a bucket's segments, and over the chunks of tokens (FIRST to LAST).
+
+    Grid: (bucket of the chunk, tile of the keys of its block).
+    Owns: grad at its keys, and their float32 sum while chunks remain, by plain stores.
+    Invariant: after n steps, `total` holds the first n segments.
+    """
+    PADDED: tl.constexpr = padded_dim(DIM)
+    bucket = tl.program_id(0)
+    block_start, key_end = block_bounds(bucket % num_blocks, cu_seqlens_ptr, num_sequences, BLOCK_SIZE)
+    in_block = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
+    key = block_start + in_block
+    mask = (in_block < BLOCK_SIZE) & (key < key_end)
+    before = first_flat + bucket - 1
+    first = tl.load(segment_ends_ptr + first_flat - 1, mask=first_flat > 0, other=0)
+    begin = tl.load(segment_ends_ptr + before, mask=before >= 0, other=0)
+    end = tl.load(segment_ends_ptr + before + 1)
+    total = tl.zeros([KEYS, PADDED], tl.float32)
+    head = bucket // num_blocks
+    sum_rows = (key.to(tl.int64) * CHUNK_HEADS + head) * DIM
+    if not FIRST:
+        total = load_rows(sum_ptr, sum_rows, mask, DIM, PADDED)
+    for segment in range(begin, end):
+        tile = (segment - first).to(tl.int64) * TILE_KEYS + in_block
+        total += load_rows(tiles_ptr, tile * DIM, mask, DIM, PADDED)
+    if LAST:
+        grad_rows = (key.to(tl.int64) * HEADS + first_head + head) * DIM
+        store_rows(grad_ptr, grad_rows, mask, total * scale, DIM, PADDED)
+    else:
+        store_rows(sum_ptr, sum_rows, mask, total, DIM, PADDED)
+
+
+FIELDS: tl.constexpr = tl.constexpr(SEGMENT_FIELDS)
+LOG2_E_: tl.constexpr = tl.constexpr(LOG2_E)
