@@ -24,7 +24,7 @@ from flash_sparse_attention import (
     selected_attention,
     sliding_window_attention,
 )
-from flash_sparse_attention.impl import CAPABILITIES, OPERATORS, available, explain, resolve
+from flash_sparse_attention.impl import CAPABILITIES, OPERATORS, available, explain, load, resolve
 from flash_sparse_attention.validation import FLOAT_DTYPES
 
 CPU = torch.device("cpu")
@@ -377,7 +377,7 @@ def test_resolve_by_the_table():
     for operator in OPERATORS:
         for dtype in FLOAT_DTYPES:
             assert resolve(operator, "auto", CPU, dtype) is resolve(operator, "blockwise", CPU, dtype)
-            function = resolve(operator, "reference", CPU, dtype)
+            function = load(resolve(operator, "reference", CPU, dtype))
             assert function.__module__ == "flash_sparse_attention.impl.reference"
             assert function.__name__ == operator
             assert {"blockwise", "reference"} <= set(available(operator, CPU, dtype))

@@ -193,7 +193,9 @@ def _selected_problem(case: Case, layout: SequenceLayout) -> Problem:
         block_indices = selection.compute(selection.inputs, "reference")["block_indices"]
 
     def compute(x: Tensors, impl: str) -> Tensors:
-        attend = partial(functional.selected_attention, block_size=case.config.block_size)
+        impl, _, loop_order = impl.partition("/")
+        how = {"block_size": case.config.block_size, "loop_order": loop_order or "auto"}
+        attend = partial(functional.selected_attention, **how)
         return plain.attend(attend, x["q"], x["k"], x["v"], block_indices, layout, impl)._asdict()
 
     return Problem("selected_attention", "", case, layout, attention_inputs(case, layout, layout), compute)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..impl import IMPLEMENTATIONS, OPERATORS, available, explain
+from ..impl import CAPABILITIES, IMPLEMENTATIONS, OPERATORS, available, explain
 from .cases import Case
 from .problems import problems
 
@@ -61,10 +61,13 @@ def implementations(operator: str, device: torch.device, dtype: torch.dtype) -> 
     """Names to judge: every implementation that can run the operator here, but the reference, which is the measure.
 
     `nsa_attention` needs all operators of an implementation; if `impl="auto"` mixes several, `auto` is judged as well.
+    An implementation of selected attention with several loop orders is judged in each: `triton/query_outer`.
     """
     parts = OPERATORS if operator == "nsa_attention" else (operator,)
     runnable = [set(available(part, device, dtype)) - {"reference"} for part in parts]
     names = [impl for impl in IMPLEMENTATIONS if all(impl in can for can in runnable)]
+    if operator == "selected_attention":
+        names = [name for impl in names for name in _with_loop_orders(impl)]
     taken = {decision.impl for decision in explain(device, dtype) if decision.chosen}
     return [*names, "auto"] if operator == "nsa_attention" and len(taken) > 1 else names
 
@@ -92,13 +95,20 @@ def judge(
     """
     device = torch.device(device)
     for operator in case.operators:
-        names = [impl for impl in implementations(operator, device, case.dtype) if impls is None or impl in impls]
+        names = implementations(operator, device, case.dtype)
+        names = [name for name in names if impls is None or name.split("/")[0] in impls]
         if not names or (operators is not None and operator not in operators):
             continue
         for problem in problems(operator, case, device):
             for impl in names:
                 for tensor, errors in problem.errors(impl).items():
                     yield Row(operator, problem.variant, impl, case, tensor, *errors)
+
+
+def _with_loop_orders(impl: str) -> list[str]:
+    rows = (row for row in CAPABILITIES if (row.operator, row.impl) == ("selected_attention", impl))
+    orders = [order for row in rows for order in row.loop_orders]
+    return [f"{impl}/{order}" for order in orders] if len(orders) > 1 else [impl]
 
 
 def _ratio(error: float, budget: float) -> float:

@@ -1,4 +1,4 @@
-"""The command `fsa`: train, generate, inspect, verify."""
+"""The command `fsa`: train, generate, inspect, verify, tune."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from rich.console import Console
 from .generate import generate
 from .inspect import inspect
 from .train import train
+from .tune import tune
 from .verify import verify
 
 app = typer.Typer(
@@ -19,7 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, generate, inspect, verify):
+for command in (train, generate, inspect, verify, tune):
     app.command()(command)
 
 

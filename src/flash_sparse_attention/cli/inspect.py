@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
+import importlib.util
 import json
 import platform
 from pathlib import Path
@@ -24,6 +26,10 @@ from ..training import END_OF_TEXT, VOCAB_SIZE, find_checkpoint, load_model, res
 from ..training.checkpoint import read_state
 from ..training.data import encode
 from ..validation import FLOAT_DTYPES, bad, check_choice, check_positive
+
+# Shapes whose loop order is shown: heads of a group, tokens; those of `fsa tune` without options are among them.
+_GROUPS, _LENGTHS = (1, 4, 8, 16), (8192, 65536)
+_HEADS, _HEAD_DIM, _SLOTS, _BLOCK_SIZE = 32, 128, 16, 64
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
@@ -56,6 +62,8 @@ def inspect(
             raise bad("checkpoint", "given for a text to read", None, "name a run, or leave --text and --prompt out")
         _print_versions(chosen_device)
         _print_implementations(chosen_device, _DTYPES[dtype])
+        if importlib.util.find_spec("triton") is not None:
+            _print_loop_orders()
         return
 
     content = _content(text, prompt)
@@ -157,6 +165,31 @@ def _print_implementations(device: torch.device, dtype: torch.dtype) -> None:
         taken = "yes" if decision.chosen else "no"
         table.add_row(operator, decision.impl, taken, decision.reason, style="bold" if decision.chosen else "dim")
     Console(markup=False, highlight=False).print(table)
+
+
+def _print_loop_orders() -> None:
+    """The schedule of selected attention that its Triton kernels take by themselves, for a few shapes."""
+    tuning = importlib.import_module("..impl.triton.tuning", __package__)
+    sizes = f"{_HEADS} heads of {_HEAD_DIM}, T = {_SLOTS}, blocks of {_BLOCK_SIZE}, bfloat16"
+    table = Table(title=f'What loop_order="auto" takes in Triton, {sizes}', title_justify="left")
+    for column in ("heads of a group", "tokens"):
+        table.add_column(column, justify="right")
+    for column in ("loop order", "from"):
+        table.add_column(column)
+    tuned = False
+    for group in _GROUPS:
+        for length in _LENGTHS:
+            shape = tuning.SelectedShape(
+                length, _HEADS // group, group, _SLOTS, _BLOCK_SIZE, _HEAD_DIM, _HEAD_DIM, torch.bfloat16
+            )
+            choice = tuning.choice_of(shape)
+            tuned = tuned or choice.entry is not None
+            origin = "built in" if choice.entry is None else f"tuned at {choice.entry.shape.total_tokens:,} tokens"
+            table.add_row(str(group), f"{length:,}", choice.loop_order, origin)
+    console = Console(markup=False, highlight=False)
+    console.print(table)
+    if tuned:
+        console.print(f"Tuned choices are in {tuning.tuning_file()}", soft_wrap=True)
 
 
 def _print_summary(summary: dict[str, Any]) -> None:

@@ -19,6 +19,8 @@ from ..validation import check_choice
 
 OPERATORS = ("compress", "interval_attention", "select_blocks", "selected_attention", "combine")
 IMPLEMENTATIONS = ("reference", "blockwise", "triton")
+# Found out here, as torch.compile cannot trace the search.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -58,7 +60,7 @@ class Capability:
             return f"it does not take {str(dtype).removeprefix('torch.')}"
         if self.max_head_dim is not None and head_dim > self.max_head_dim:
             return f"it takes head dimensions up to {self.max_head_dim}, not {head_dim}"
-        if self.impl == "triton" and importlib.util.find_spec("triton") is None:
+        if self.impl == "triton" and not _HAS_TRITON:
             return "it needs Triton, which is not installed (pip install 'flash-sparse-attention[triton]')"
         return None
 

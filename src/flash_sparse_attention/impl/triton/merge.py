@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .inverted_index import InvertedIndex
-from .primitives import LN_2, load_rows, padded, padded_dim, store_rows
+from .primitives import LN_2, LOG2_E, padded, padded_dim, store_rows
 
 # Elements that a program of one warp holds. All of its loads are in flight at once: at 65,536 tokens of 32/8 heads on
 # an H200 one row by 16 slots with one warp took 2.25 ms, with two warps 3.9, rows that loop over their slots 3.5.
@@ -28,7 +28,7 @@ def launch_merge(
 ) -> None:
     """Merges the partial results of a chunk, `[pairs, G, parts, D]`, into its rows of out and lse.
 
-    With `partial_lse` (log2 units) they are softmaxes, merged by their lse; without, they are summed and multiplied
+    With `partial_lse` they are softmaxes, merged by their lse; without, they are summed and multiplied
     with `scale`. Slots that are not valid are not read.
     """
     num_heads, dim = out.shape[1:]
@@ -91,9 +91,9 @@ def _merge_slots_kernel(
         largest = tl.max(partial_lse, 1)
         # A row without a block keeps -inf, and any finite maximum serves it.
         largest = tl.where(largest == -float("inf"), 0.0, largest)
-        lse_log2 = largest + tl.log2(tl.sum(tl.exp2(partial_lse - largest[:, None]), 1))
-        normaliser = tl.where(lse_log2 == -float("inf"), 0.0, lse_log2)
-        tl.store(lse_ptr + token * NUM_HEADS + head, lse_log2 * LN_2_, mask=mask)
+        lse = largest + tl.log2(tl.sum(tl.exp2((partial_lse - largest[:, None]) * LOG2_E), 1)) * LN_2
+        normaliser = tl.where(lse == -float("inf"), 0.0, lse)
+        tl.store(lse_ptr + token * NUM_HEADS + head, lse, mask=mask)
     total = tl.zeros([ROWS, PADDED], tl.float32)
     offs = tl.arange(0, PADDED)[None, None, :]
     for first in tl.static_range(0, SLOTS * PARTS, TILE):
@@ -105,12 +105,10 @@ def _merge_slots_kernel(
         mask_tile = there[:, :, None] & (offs < DIM)
         tile = tl.load(partial_ptr + offs_rows + offs, mask=mask_tile, other=0.0).to(tl.float32)  # [ROWS, TILE, DIM]
         if SOFTMAX:
-            weight = tl.exp2(tl.load(partial_lse_ptr + at, mask=there, other=-float("inf")) - normaliser[:, None])
+            partial_lse = tl.load(partial_lse_ptr + at, mask=there, other=-float("inf"))
+            weight = tl.exp2((partial_lse - normaliser[:, None]) * LOG2_E)
             tile = tile * weight[:, :, None]
         total += tl.sum(tile, 1)
     if not SOFTMAX:
         total *= scale
     store_rows(out_ptr, (token * NUM_HEADS + head) * DIM, mask, total, DIM, PADDED)
-
-
-LN_2_: tl.constexpr = tl.constexpr(LN_2)

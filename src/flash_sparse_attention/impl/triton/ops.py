@@ -1,4 +1,4 @@
-"""The operators that `torch` sees: custom operators with shapes for tracing and gradients, over the kernel launchers."""
+"""The operators that `torch` sees: custom operators with shapes for tracing and gradients, over the launchers."""
 
 from __future__ import annotations
 

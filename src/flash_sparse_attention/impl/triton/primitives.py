@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-LOG2_E, LN_2 = math.log2(math.e), math.log(2)
+LOG2_E, LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
 
 
 def padded(size: int, at_least: int = 16) -> int:
@@ -19,6 +21,13 @@ def padded(size: int, at_least: int = 16) -> int:
 def padded_dim(dim):
     """`padded`, inside a kernel."""
     return max(16, 1 << (dim - 1).bit_length())
+
+
+def positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, float]:
+    """The same scores with a positive scale, so that the largest product is the largest score."""
+    if softmax_scale > 0:
+        return q, softmax_scale
+    return (-q, -softmax_scale) if softmax_scale < 0 else (torch.zeros_like(q), 1.0)
 
 
 def pack_blocks(total_tokens: int, num_sequences: int, block_size: int) -> int:
@@ -58,6 +67,18 @@ def block_bounds(block, cu_seqlens_ptr, num_sequences, BLOCK_SIZE: tl.constexpr)
     end = tl.load(cu_seqlens_ptr + sequence + 1)
     # geometry.first_token_of_block, in the pack
     return start + (block - start // BLOCK_SIZE - sequence) * BLOCK_SIZE, end
+
+
+@triton.jit
+def exp_shifted(products, scale, shift, EXACT: tl.constexpr):
+    """exp(scale * products - shift), for `products` [A, B] and `shift` [A] in the units of lse.
+
+    EXACT is for float32: a large shift cancels before it is rounded once more. Half precisions would not notice, and
+    save an instruction an element.
+    """
+    if EXACT:
+        return tl.exp2((products * scale - shift[:, None]) * LOG2_E)
+    return tl.exp2(products * (scale * LOG2_E) - (shift * LOG2_E)[:, None])
 
 
 @triton.jit

@@ -18,7 +18,16 @@ from torch import Tensor
 
 from .inverted_index import SEGMENT_FIELDS, InvertedIndex
 from .merge import launch_merge
-from .primitives import LOG2_E, block_bounds, load_rows, padded_dim, store_rows
+from .primitives import (
+    LN_2,
+    LOG2_E,
+    block_bounds,
+    exp_shifted,
+    load_rows,
+    padded_dim,
+    positive_scale,
+    store_rows,
+)
 from .tuning import KvOuterTiles
 
 
@@ -38,16 +47,15 @@ def launch_selected_fwd_kv_outer(
     out = q.new_empty(total_tokens, num_heads, dim_v)
     lse = q.new_empty(total_tokens, num_heads, dtype=torch.float32)
     segments = index.segments(tiles.segment_pairs)
-    if softmax_scale <= 0:
-        # The kernel takes the largest product for the largest score.
-        q, softmax_scale = (-q, -softmax_scale) if softmax_scale < 0 else (torch.zeros_like(q), 1.0)
+    q, softmax_scale = positive_scale(q, softmax_scale)
     partial = q.new_empty(chunks.pairs * group, dim_v)
     partial_lse = lse.new_empty(chunks.pairs * group)
     for number, first_head, first_token, tokens in chunks:
         _selected_fwd_kv_outer_kernel[(segments.most_of_chunk,)](
             q, k, v, partial, partial_lse, index.pairs, segments.table, segments.ends, cu_seqlens,
             cu_seqlens.numel() - 1, chunks.num_blocks, number * chunks.buckets, chunks.buckets,
-            softmax_scale * LOG2_E, q.stride(0), k.stride(0), v.stride(0), group, dim_k, dim_v, block_size, tiles.rows, tiles.keys, tiles.stages,
+            softmax_scale, q.stride(0), k.stride(0), v.stride(0), group, dim_k, dim_v, block_size,
+            tiles.rows, tiles.keys, tiles.stages,
             num_warps=tiles.warps, maxnreg=tiles.registers,
         )  # fmt: skip
         launch_merge(partial, partial_lse, index, out, lse, 1.0, first_head, first_token, tokens)
@@ -106,13 +114,13 @@ def _first_viewer(key, key_end):
 
 
 @triton.jit
-def _hide(scores, token, first_viewer):
-    """Scores [ROWS, KEYS], -inf where the token of the row does not see the key.
+def _hide(x, token, first_viewer, other):
+    """`x` [ROWS, KEYS], but `other` where the token of the row does not see the key.
 
-    All tiles pay for the comparison, though only the first ones of a bucket need it: in a branch the compiler predicates
-    it, which costs three times as much.
+    All tiles pay for the comparison, though only the first ones of a bucket need it: a branch is compiled into
+    predicates, which cost three times as much.
     """
-    return tl.where(first_viewer[None, :] <= token[:, None].to(tl.int32), scores, -float("inf"))
+    return tl.where(first_viewer[None, :] <= token[:, None].to(tl.int32), x, other)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "num_blocks", "first_flat", "buckets"])
@@ -130,7 +138,7 @@ def _selected_fwd_kv_outer_kernel(
     num_blocks,
     first_flat,
     buckets,
-    scale_log2,
+    scale,
     STRIDE_Q: tl.constexpr,
     STRIDE_K: tl.constexpr,
     STRIDE_V: tl.constexpr,
@@ -142,12 +150,13 @@ def _selected_fwd_kv_outer_kernel(
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """The softmax of each (token, head, slot) over its block, normalised, with its lse in log2 units.
+    """The softmax of each (token, head, slot) over its block, normalised, with its lse.
 
     Grid: (segment of the chunk,); programs beyond the last segment leave.
     Owns: the partial results of its pairs, by plain stores.
     Invariant: after n steps, the rows of the first n tiles are stored.
     """
+    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     PADDED_K: tl.constexpr = padded_dim(DIM_K)
     PADDED_V: tl.constexpr = padded_dim(DIM_V)
     first_pair, in_chunk, pairs, bucket = _segment(segments_ptr, segment_ends_ptr, first_flat, buckets, FIELDS)
@@ -173,10 +182,10 @@ def _selected_fwd_kv_outer_kernel(
         token_next = _tokens(pairs_ptr + first_pair, first_row + ROWS, num_rows, GROUP, ROWS)
         q = _gather(q_head_ptr, token, first_row, STRIDE_Q, GROUP, DIM_K, PADDED_K, ROWS)  # [ROWS, DK]
         scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        scores = _hide(scores, token, first_viewer)
+        scores = _hide(scores, token, first_viewer, -float("inf"))
         # The first key of a block is visible to all of its rows, so that no maximum is -inf.
-        largest = tl.max(scores, 1) * scale_log2
-        p = tl.exp2(scores * scale_log2 - largest[:, None])
+        largest = tl.max(scores, 1) * scale
+        p = exp_shifted(scores, scale, largest, EXACT)
         total = tl.sum(p, 1)
         if BLOCK_SIZE > KEYS:
             out = tl.dot(p.to(v.dtype), v, input_precision="ieee")
@@ -185,10 +194,10 @@ def _selected_fwd_kv_outer_kernel(
                 k_more = load_rows(k_ptr, k_rows + first_key * STRIDE_K, more < key_end, DIM_K, PADDED_K)
                 v_more = load_rows(v_ptr, v_rows + first_key * STRIDE_V, more < key_end, DIM_V, PADDED_V)
                 scores = tl.dot(q, tl.trans(k_more), input_precision="ieee")
-                scores = _hide(scores, token, _first_viewer(more, key_end))
-                larger = tl.maximum(largest, tl.max(scores, 1) * scale_log2)
-                p = tl.exp2(scores * scale_log2 - larger[:, None])
-                shrink = tl.exp2(largest - larger)
+                scores = _hide(scores, token, _first_viewer(more, key_end), -float("inf"))
+                larger = tl.maximum(largest, tl.max(scores, 1) * scale)
+                p = exp_shifted(scores, scale, larger, EXACT)
+                shrink = tl.exp2((largest - larger) * LOG2_E)
                 total = total * shrink + tl.sum(p, 1)
                 out = tl.dot(p.to(v.dtype), v_more, out * shrink[:, None], input_precision="ieee")
                 largest = larger
@@ -199,7 +208,7 @@ def _selected_fwd_kv_outer_kernel(
         row = first_row + tl.arange(0, ROWS)
         mask = row < num_rows
         store_rows(partial_ptr, row.to(tl.int64) * DIM_V, mask, out, DIM_V, PADDED_V)
-        tl.store(partial_lse_ptr + row, largest + tl.log2(total), mask=mask)
+        tl.store(partial_lse_ptr + row, largest + tl.log2(total) * LN_2, mask=mask)
 
 
 def launch_selected_bwd_kv_outer(
@@ -237,7 +246,7 @@ def launch_selected_bwd_kv_outer(
         _selected_bwd_kv_outer_kernel[(segments.most_of_chunk, parts)](
             q, k, v, d_out, lse, delta, partial, dk_tiles, dv_tiles,
             index.pairs, segments.table, segments.ends, cu_seqlens,
-            *common, softmax_scale * LOG2_E, q.stride(0), k.stride(0), v.stride(0), d_out.stride(0),
+            *common, softmax_scale, q.stride(0), k.stride(0), v.stride(0), d_out.stride(0),
             num_heads, group, dim_k, dim_v, block_size, dq is not None, tiles.rows, tiles.keys, tiles.stages,
             num_warps=tiles.warps, maxnreg=tiles.registers,
         )  # fmt: skip
@@ -277,7 +286,7 @@ def _selected_bwd_kv_outer_kernel(
     num_blocks,
     first_flat,
     buckets,
-    scale_log2,
+    scale,
     STRIDE_Q: tl.constexpr,
     STRIDE_K: tl.constexpr,
     STRIDE_V: tl.constexpr,
@@ -298,6 +307,7 @@ def _selected_bwd_kv_outer_kernel(
     Owns: tile [segment, part] of dk and dv, and the partial dQ of its pairs, by plain stores.
     Invariant: after n steps, dk and dv are the sums over the first n tiles of rows.
     """
+    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     PADDED_K: tl.constexpr = padded_dim(DIM_K)
     PADDED_V: tl.constexpr = padded_dim(DIM_V)
     first_pair, in_chunk, pairs, bucket = _segment(segments_ptr, segment_ends_ptr, first_flat, buckets, FIELDS)
@@ -330,11 +340,10 @@ def _selected_bwd_kv_outer_kernel(
         _, g = _pairs_of_rows(first_row, GROUP, ROWS)
         at_q = token.to(tl.int64) * NUM_HEADS + head * GROUP + g
         # Rows that are not there have probability 0.
-        lse_log2 = tl.load(lse_ptr + at_q, mask=mask, other=float("inf")) * LOG2_E_
+        lse = tl.load(lse_ptr + at_q, mask=mask, other=float("inf"))
         delta = tl.load(delta_ptr + at_q, mask=mask, other=0.0)
-        scores_log2 = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse_log2[:, None]
-        scores_log2 = _hide(scores_log2, token, first_viewer)
-        p = tl.exp2(scores_log2)  # [ROWS, KEYS]
+        p = exp_shifted(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, lse, EXACT)
+        p = _hide(p, token, first_viewer, 0.0)  # [ROWS, KEYS]
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision="ieee")
         ds = (p * (dp - delta[:, None])).to(q.dtype)
@@ -402,4 +411,3 @@ def _sum_segments_kernel(
 
 
 FIELDS: tl.constexpr = tl.constexpr(SEGMENT_FIELDS)
-LOG2_E_: tl.constexpr = tl.constexpr(LOG2_E)

@@ -14,7 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import LN_2, LOG2_E, load_rows, padded, padded_dim, sequence_of, store_rows
+from .primitives import (
+    LN_2,
+    LOG2_E,
+    exp_shifted,
+    load_rows,
+    padded,
+    padded_dim,
+    positive_scale,
+    sequence_of,
+    store_rows,
+)
 from .tuning import QueryOuterTiles
 
 
@@ -34,9 +44,10 @@ def launch_selected_fwd_query_outer(
     out = q.new_empty(total_tokens, num_heads, dim_v)
     lse = q.new_empty(total_tokens, num_heads, dtype=torch.float32)
     group = num_heads // num_kv_heads
+    q, softmax_scale = positive_scale(q, softmax_scale)
     _selected_fwd_query_outer_kernel[(total_tokens, num_kv_heads)](
         q, k, v, block_indices, place, cu_seqlens, out, lse,
-        cu_seqlens.numel() - 1, q.stride(0), k.stride(0), v.stride(0), softmax_scale * LOG2_E,
+        cu_seqlens.numel() - 1, q.stride(0), k.stride(0), v.stride(0), softmax_scale,
         num_kv_heads, group, padded(group), block_indices.shape[2], dim_k, dim_v, block_size,
         tiles.keys, tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
@@ -64,7 +75,7 @@ def launch_selected_dq_query_outer(
     _selected_dq_query_outer_kernel[(total_tokens, num_kv_heads)](
         q, k, v, d_out, lse, delta, block_indices, place, cu_seqlens, dq,
         cu_seqlens.numel() - 1, q.stride(0), k.stride(0), v.stride(0), d_out.stride(0),
-        softmax_scale, softmax_scale * LOG2_E,
+        softmax_scale,
         num_kv_heads, group, padded(group), block_indices.shape[2], dim_k, dim_v, block_size,
         tiles.keys, tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
@@ -99,7 +110,7 @@ def _selected_fwd_query_outer_kernel(
     stride_q,
     stride_k,
     stride_v,
-    scale_log2,
+    scale,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
@@ -116,6 +127,7 @@ def _selected_fwd_query_outer_kernel(
     Owns: out and lse of the token and the group, by plain stores.
     Invariant: after n steps, `out`, `total` and `largest` are the softmax over the first n tiles of keys.
     """
+    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     PADDED_K: tl.constexpr = padded_dim(DIM_K)
     PADDED_V: tl.constexpr = padded_dim(DIM_V)
     PARTS: tl.constexpr = (BLOCK_SIZE + KEYS - 1) // KEYS
@@ -136,20 +148,20 @@ def _selected_fwd_query_outer_kernel(
         )
         k = load_rows(k_ptr, key.to(tl.int64) * stride_k + head * DIM_K, mask_keys, DIM_K, PADDED_K)  # [KEYS, DK]
         v = load_rows(v_ptr, key.to(tl.int64) * stride_v + head * DIM_V, mask_keys, DIM_V, PADDED_V)  # [KEYS, DV]
-        scores_log2 = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        scores_log2 = tl.where(mask_keys[None, :], scores_log2, -float("inf"))
-        larger = tl.maximum(largest, tl.max(scores_log2, 1))
+        products = tl.dot(q, tl.trans(k), input_precision="ieee")
+        products = tl.where(mask_keys[None, :], products, -float("inf"))
+        larger = tl.maximum(largest, tl.max(products, 1) * scale)
         # A row that has seen no key keeps -inf, and any finite maximum serves it.
         finite = tl.where(larger == -float("inf"), 0.0, larger)
-        p = tl.exp2(scores_log2 - finite[:, None])
-        shrink = tl.exp2(largest - finite)
+        p = exp_shifted(products, scale, finite, EXACT)
+        shrink = tl.exp2((largest - finite) * LOG2_E)
         total = total * shrink + tl.sum(p, 1)
         out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
         largest = larger
     out = out / tl.where(total == 0.0, 1.0, total)[:, None]
     row = token.to(tl.int64) * (HEADS * GROUP) + head * GROUP + g
     store_rows(out_ptr, row * DIM_V, mask, out, DIM_V, PADDED_V)
-    tl.store(lse_ptr + row, (largest + tl.log2(total)) * LN_2_, mask=mask)
+    tl.store(lse_ptr + row, largest + tl.log2(total) * LN_2, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_sequences"])
@@ -170,7 +182,6 @@ def _selected_dq_query_outer_kernel(
     stride_v,
     stride_do,
     scale,
-    scale_log2,
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
@@ -187,6 +198,7 @@ def _selected_dq_query_outer_kernel(
     Owns: dq of the token and the group, by plain stores.
     Invariant: after n steps, `dq` is the sum over the first n tiles of keys.
     """
+    EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     PADDED_K: tl.constexpr = padded_dim(DIM_K)
     PADDED_V: tl.constexpr = padded_dim(DIM_V)
     PARTS: tl.constexpr = (BLOCK_SIZE + KEYS - 1) // KEYS
@@ -202,7 +214,7 @@ def _selected_dq_query_outer_kernel(
     row = token.to(tl.int64) * (HEADS * GROUP) + head * GROUP + g
     # A row without a key has probability 0 everywhere.
     lse = tl.load(lse_ptr + row, mask=mask, other=float("inf"))
-    lse_log2 = tl.where(lse == -float("inf"), float("inf"), lse) * LOG2_E_
+    lse = tl.where(lse == -float("inf"), float("inf"), lse)
     delta = tl.load(delta_ptr + row, mask=mask, other=0.0)
     at = token.to(tl.int64) * HEADS + head
     dq = tl.zeros([GROUP_PADDED, PADDED_K], tl.float32)
@@ -212,13 +224,9 @@ def _selected_dq_query_outer_kernel(
         )
         k = load_rows(k_ptr, key.to(tl.int64) * stride_k + head * DIM_K, mask_keys, DIM_K, PADDED_K)  # [KEYS, DK]
         v = load_rows(v_ptr, key.to(tl.int64) * stride_v + head * DIM_V, mask_keys, DIM_V, PADDED_V)  # [KEYS, DV]
-        scores_log2 = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2 - lse_log2[:, None]
-        p = tl.exp2(tl.where(mask_keys[None, :], scores_log2, -float("inf")))
+        p = exp_shifted(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, lse, EXACT)
+        p = tl.where(mask_keys[None, :], p, 0.0)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         ds = (p * (dp - delta[:, None])).to(k.dtype)
         dq = tl.dot(ds, k, dq, input_precision="ieee")
     store_rows(dq_ptr, row * DIM_K, mask, dq * scale, DIM_K, PADDED_K)
-
-
-LN_2_: tl.constexpr = tl.constexpr(LN_2)
-LOG2_E_: tl.constexpr = tl.constexpr(LOG2_E)

@@ -1,14 +1,37 @@
-"""Loop orders and tiles of the kernels, with the measurements that chose them."""
+"""Loop orders and tiles of the kernels, with the measurements that chose them.
+
+What `fsa tune` measured on a machine is kept in a file of its user, and comes before the built-in choices. A choice is
+taken for calls of the same shape on a device of the same name, at lengths up to a factor of 4 away:
+
+    entries measured at     8,192 tokens                    65,536 tokens
+    calls of                2,048 ... 23,170                23,171 ... 262,144           others: built-in
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+import json
+import math
+import os
+import tempfile
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...validation import bad, check_positive
 from .primitives import padded
+
+LOOP_ORDERS = ("kv_outer", "query_outer")
+FILE_VERSION = 1
+# Lengths that an entry speaks for: those up to this factor longer or shorter.
+LENGTH_FACTOR = 4
 
 
 class SelectedShape(NamedTuple):
@@ -30,6 +53,10 @@ class SelectedShape(NamedTuple):
         return cls(
             q.shape[0], heads, q.shape[1] // heads, block_indices.shape[2], block_size, q.shape[2], v.shape[2], q.dtype
         )
+
+
+# Kernels are built for these sizes, not for a length.
+_FIXED_SIZES = tuple(name for name in SelectedShape._fields if name not in ("total_tokens", "dtype"))
 
 
 @dataclass(frozen=True)
@@ -70,30 +97,256 @@ class SelectedTiles:
     query_outer: QueryOuterTiles
 
 
-def tiles_of(shape: SelectedShape) -> SelectedTiles:
-    """The tiles for a shape."""
+@dataclass(frozen=True)
+class TunedEntry:
+    """What was measured for a shape on a device.
+
+    Attributes:
+        device: name of the device, as PyTorch has it.
+        triton: version of Triton, for the reader.
+        shape: what was measured.
+        loop_order: the one whose forward and backward pass take less time together.
+        tiles: the fastest ones.
+        ms: measured times, schedule -> `forward` and `backward` -> ms.
+    """
+
+    device: str
+    triton: str
+    shape: SelectedShape
+    loop_order: str
+    tiles: SelectedTiles
+    ms: dict[str, dict[str, float]] = field(default_factory=dict, hash=False)
+
+    @property
+    def key(self) -> tuple[str, SelectedShape]:
+        """What a file has one entry for."""
+        return self.device, self.shape
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry in types that JSON knows."""
+        shape = self.shape._asdict()
+        total_tokens = shape.pop("total_tokens")
+        return {
+            "device": self.device,
+            "triton": self.triton,
+            "shape": {**shape, "dtype": str(self.shape.dtype).removeprefix("torch.")},
+            "total_tokens": total_tokens,
+            "loop_order": {"forward": self.loop_order, "backward": self.loop_order},
+            "tiles": asdict(self.tiles),
+            "ms": self.ms,
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TunedEntry:
+        """The entry that `to_dict` wrote.
+
+        Raises:
+            ValueError, TypeError, KeyError: if `values` is not one.
+        """
+        sizes = dict(values["shape"])
+        dtype = getattr(torch, str(sizes.pop("dtype")), None)
+        if not isinstance(dtype, torch.dtype):
+            raise bad("dtype", "one of PyTorch", values["shape"]["dtype"])
+        shape = SelectedShape(total_tokens=values["total_tokens"], **sizes, dtype=dtype)
+        for name, size in shape._asdict().items():
+            if name != "dtype":
+                check_positive(name, size)
+        forward, backward = values["loop_order"]["forward"], values["loop_order"]["backward"]
+        if forward != backward or forward not in LOOP_ORDERS:
+            raise bad("loop_order", f"one of {', '.join(LOOP_ORDERS)} in both passes", f"{forward}, {backward}")
+        tiles = values["tiles"]
+        chosen = SelectedTiles(
+            KvOuterTiles(**tiles["kv_outer_forward"]),
+            KvOuterTiles(**tiles["kv_outer_backward"]),
+            QueryOuterTiles(**tiles["query_outer"]),
+        )
+        for tile in (chosen.kv_outer_forward, chosen.kv_outer_backward, chosen.query_outer):
+            _check_tiles(tile)
+        ms = {
+            str(schedule): {str(name): float(time) for name, time in times.items()}
+            for schedule, times in values["ms"].items()
+        }
+        return cls(str(values["device"]), str(values["triton"]), shape, forward, chosen, ms)
+
+
+class Choice(NamedTuple):
+    """The schedule of a shape, and the entry that it comes from; None if it is built in."""
+
+    loop_order: str
+    tiles: SelectedTiles
+    entry: TunedEntry | None
+
+
+def tiles_of(shape: SelectedShape, device: str | None = None) -> SelectedTiles:
+    """The tiles for a shape, on the device of this name (the current one by default)."""
+    return choice_of(shape, device).tiles
+
+
+def loop_order_of(shape: SelectedShape, loop_order: str, device: str | None = None) -> str:
+    """The loop order that a choice (`auto`, `kv_outer` or `query_outer`) means for a shape, on a device."""
+    return choice_of(shape, device).loop_order if loop_order == "auto" else loop_order
+
+
+def choice_of(shape: SelectedShape, device: str | None = None) -> Choice:
+    """What `auto` takes for a shape, on the device of this name (the current one by default)."""
+    device = device_name() if device is None else device
+    # Sizes that a compiler leaves open cannot be looked up; they are compared with, which bounds them.
+    known = all(isinstance(size, int) for size in shape[:-1])
+    return _choice_of(shape, device) if known else _choice_of.__wrapped__(shape, device)
+
+
+@lru_cache(maxsize=4096)
+def _choice_of(shape: SelectedShape, device: str) -> Choice:
+    if ranges := _ranges():
+        fixed: dict[str, Any] = {name: int(getattr(shape, name)) for name in _FIXED_SIZES}
+        for first, last, entry in ranges.get((device, shape._replace(total_tokens=0, **fixed)), ()):
+            if first <= shape.total_tokens <= last:
+                return Choice(entry.loop_order, entry.tiles, entry)
+    return Choice(built_in_loop_order(shape), built_in_tiles(shape), None)
+
+
+def built_in_loop_order(shape: SelectedShape) -> str:
+    """The loop order for a shape that was not tuned."""
+    return "kv_outer"
+
+
+def built_in_tiles(shape: SelectedShape) -> SelectedTiles:
+    """The tiles for a shape that was not tuned."""
     dim = padded(max(shape.dim_k, shape.dim_v))
     block, group = padded(shape.block_size), shape.group
     if shape.dtype == torch.float32:
         # For tests rather than for speed: twice the bytes, and products outside of the matrix units.
-        narrow = 32 if dim > 128 else 64
+        narrow = 16 if dim > 128 else 64
         forward = KvOuterTiles(32, min(narrow, block), max(1, 2048 // group), 4, 1)
-        backward = KvOuterTiles(32, min(32, block), max(1, 4096 // group), 4, 1)
-        return SelectedTiles(forward, backward, QueryOuterTiles(min(32, block), 2, 1))
+        edge = 16 if dim > 128 else 32
+        backward = KvOuterTiles(edge, min(edge, block), max(1, 4096 // group), 4, 1)
+        return SelectedTiles(forward, backward, QueryOuterTiles(min(edge, block), 2, 1))
+    rows = shape.total_tokens * shape.num_kv_heads * shape.slots * group
     if dim > 128:
-        forward = KvOuterTiles(64, min(64, block), max(1, 4096 // group), 4, 1)
+        forward = KvOuterTiles(64, min(64, block), max(1, 2048 // group), 4, 1)
         backward = KvOuterTiles(32, min(32, block), max(1, 8192 // group), 4, 1)
         return SelectedTiles(forward, backward, QueryOuterTiles(min(32, block), 2, 2))
-    # 65,536 tokens, 32/8 heads of 128, T = 16 on an H200, main kernel. Forward: 4.30 ms so, 4.48 without the bound of
-    # registers, 4.36 with 2 stages, 7.9 with 32 rows; backward: 9.46 so, 10.9 with 1 stage, 10.3 with 32 rows, 13.6
-    # with 8 warps.
-    forward = KvOuterTiles(64, min(128, block), max(1, 4096 // group), 4, 1, 128 if block <= 64 else None)
-    backward = KvOuterTiles(64, min(64, block), max(1, 8192 // group), 4, 2)
+    # H200, heads of 128, main kernels, ms. 65,536 tokens, 32/8 heads, T = 16, forward: 4.36 so; registers not bounded
+    # 4.48; 2 stages 4.66; rows of a segment 1,024: 4.48, 4,096: 4.48. At 8,192 tokens 1,024 rows: 0.50, 2,048: 0.54,
+    # 4,096: 0.67. Blocks of 128 at once: 1.91 with 2 stages, 2.40 with 1 and bounded registers, by halves 3.26.
+    segment_rows = 2048 if rows >= 1 << 24 and group < 16 else 1024
+    forward = KvOuterTiles(64, min(64, block), max(1, segment_rows // group), 4, 1, 128)
+    if block >= 128:
+        forward = KvOuterTiles(64, 128, max(1, 2048 // group), 4, 2)
+    # Backward: 9.86 so; 1 stage 10.9, 3 stages 15.7; 32 rows 10.8; 8 warps 13.6; rows of a segment 4,096: 9.83, but
+    # 0.46 more for the sum over the segments. At 8,192 tokens 8,192 rows of a segment: 1.64, 4,096: 1.27.
+    segment_rows = 8192 if rows >= 1 << 24 and block <= 64 else 4096
+    backward = KvOuterTiles(64, min(64, block), max(1, segment_rows // group), 4, 2)
     return SelectedTiles(forward, backward, QueryOuterTiles(min(64, block), 2, 2))
 
 
-def loop_order_of(shape: SelectedShape, loop_order: str) -> str:
-    """The loop order that a choice (`auto`, `kv_outer` or `query_outer`) means for a shape."""
-    if loop_order != "auto":
-        return loop_order
-    return "kv_outer"
+def tuning_file() -> Path:
+    """Where choices are kept: `$FSA_TUNING_CACHE`, or a file in the user's folder for caches."""
+    if file := os.environ.get("FSA_TUNING_CACHE"):
+        return Path(os.path.expanduser(file))
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(caches, "flash-sparse-attention", "tuning.json")
+
+
+def read_entries(file: Path) -> list[TunedEntry]:
+    """The entries of a file; none if it does not exist.
+
+    Raises:
+        ValueError: if it holds something else.
+        OSError: if it cannot be read.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["version"] != FILE_VERSION:
+            raise bad("version", str(FILE_VERSION), content["version"])
+        return [TunedEntry.from_dict(values) for values in content["entries"]]
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        got = f"{str(file)!r} ({type(error).__name__}: {error})"
+        raise bad("the tuning file", "one that `fsa tune` wrote", got, "delete it, or set FSA_TUNING_CACHE") from error
+
+
+def store(entry: TunedEntry) -> Path:
+    """Adds an entry to the file, in place of one for the same shape and device; others stay. Returns the file.
+
+    The file is replaced at once, so that a reader never finds half of it.
+
+    Raises:
+        ValueError: if the file that is there is not one of tuned choices.
+        OSError: if it cannot be written.
+    """
+    file = tuning_file()
+    entries = {known.key: known for known in read_entries(file)} | {entry.key: entry}
+    content = {"version": FILE_VERSION, "entries": [known.to_dict() for known in entries.values()]}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=file.name, suffix=".tmp", dir=file.parent)
+    try:
+        with open(handle, "w", encoding="utf-8") as stream:
+            stream.write(json.dumps(content, indent=1) + "\n")
+        os.replace(temporary, file)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    reset_tuning()
+    return file
+
+
+def reset_tuning() -> None:
+    """Forgets the file, which is read once a process, so that the next call reads it again.
+
+    Not between a forward pass and its backward pass, which must cut their work alike.
+    """
+    for cached in (_choice_of, _ranges, _cuda_name, _has_cuda):
+        cached.cache_clear()
+
+
+def device_name() -> str:
+    """Name of the current CUDA device; empty if there is none."""
+    return _cuda_name(torch.cuda.current_device()) if _has_cuda() else ""
+
+
+@lru_cache(maxsize=1)
+def _has_cuda() -> bool:
+    return torch.cuda.is_available()
+
+
+@lru_cache(maxsize=64)
+def _cuda_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+@lru_cache(maxsize=1)
+def _ranges() -> dict[tuple[str, SelectedShape], list[tuple[int, int, TunedEntry]]]:
+    """(device, shape of 0 tokens) -> the entries by length, with the first and last length that each one speaks for."""
+    try:
+        entries = read_entries(tuning_file())
+    except (ValueError, OSError) as error:
+        warnings.warn(f"tuned kernels are not used: {error}", stacklevel=2)
+        entries = []
+    grouped = defaultdict(list)
+    for entry in sorted(entries, key=lambda entry: entry.shape.total_tokens):
+        grouped[entry.device, entry.shape._replace(total_tokens=0)].append(entry)
+    return {key: list(_by_length(group)) for key, group in grouped.items()}
+
+
+def _by_length(entries: list[TunedEntry]) -> Iterable[tuple[int, int, TunedEntry]]:
+    """Entries of one shape, in the order of their lengths, with the lengths that each one is the nearest to."""
+    lengths = [entry.shape.total_tokens for entry in entries]
+    # The nearest by ratio: the bound of two lengths is their geometric mean.
+    bounds = [math.isqrt(a * b) for a, b in pairwise(lengths)]
+    starts, ends = [0, *(bound + 1 for bound in bounds)], [*bounds, lengths[-1] * LENGTH_FACTOR]
+    for entry, length, start, end in zip(entries, lengths, starts, ends, strict=True):
+        yield max(start, -(-length // LENGTH_FACTOR)), min(end, length * LENGTH_FACTOR), entry
+
+
+def _check_tiles(tiles: KvOuterTiles | QueryOuterTiles) -> None:
+    """Every tile is an integer that a kernel can be built for."""
+    for name, size in asdict(tiles).items():
+        if name == "registers" and size is None:
+            continue
+        check_positive(name, size)
+        if name in ("rows", "keys", "warps") and size & (size - 1):
+            raise bad(name, "a power of two", size)
+        if name in ("rows", "keys") and size < 16:
+            raise bad(name, "at least 16", size)

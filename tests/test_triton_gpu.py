@@ -1,0 +1,208 @@
+"""The Triton kernels on a GPU: pytest -m gpu."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_sparse_attention import SequenceLayout, selected_attention
+from flash_sparse_attention.accuracy import FULL, Case, judge
+from triton_cases import config, random_selection, selected_rows
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+LOOP_ORDERS = ("kv_outer", "query_outer")
+HALF = (torch.bfloat16, torch.float16)
+GRID = [
+    *(case for case in FULL if "selected_attention" in case.operators and case.dtype != torch.float64),
+    # Every head dimension, block size and number of slots that kernels treat apart, and groups that divide no tile.
+    *(
+        Case((260, 1, 0, 133), heads, kv_heads, dim, dim_v, config(block_size, slots), dtype, flavour, seed=9)
+        for heads, kv_heads, dim, dim_v, block_size, slots, dtype, flavour in (
+            (4, 2, 16, 16, 16, 1, torch.bfloat16, "plain"),
+            (6, 1, 32, 64, 32, 12, torch.float16, "plain"),
+            (12, 1, 80, 80, 64, 3, torch.bfloat16, "plain"),
+            (10, 2, 112, 96, 48, 5, torch.bfloat16, "hostile indices"),
+            (8, 2, 128, 128, 64, 16, torch.bfloat16, "hostile indices"),
+            (8, 2, 128, 128, 128, 8, torch.bfloat16, "plain"),
+            (4, 1, 128, 128, 256, 2, torch.bfloat16, "hostile indices"),
+            (3, 1, 192, 128, 64, 20, torch.bfloat16, "plain"),
+            (2, 2, 256, 256, 64, 4, torch.bfloat16, "plain"),
+            (2, 1, 256, 128, 256, 2, torch.float16, "plain"),
+            (48, 1, 64, 64, 16, 64, torch.bfloat16, "hostile indices"),
+            (4, 2, 128, 128, 64, 16, torch.float32, "plain"),
+            (2, 1, 256, 256, 256, 2, torch.float32, "plain"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_within_the_budgets_in_both_loop_orders(case: Case):
+    rows = list(judge(case, "cuda", impls=["triton"], operators=["selected_attention"]))
+    assert {row.impl for row in rows} == {"triton/kv_outer", "triton/query_outer"}
+    assert all(row.ok for row in rows), [row for row in rows if not row.ok]
+
+
+def inputs(
+    tokens: int, heads: int = 8, kv_heads: int = 2, dim: int = 128, dtype: torch.dtype = torch.bfloat16
+) -> list[Tensor]:
+    """q, k and v, wanting gradients, and the gradient of the output."""
+    shapes = [(tokens, h, dim) for h in (heads, kv_heads, kv_heads, heads)]
+    *leaves, d_out = (torch.randn(shape, device="cuda", dtype=dtype) for shape in shapes)
+    return [*(x.requires_grad_() for x in leaves), d_out]
+
+
+def gradients(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, indices: Tensor, **options: object) -> list[Tensor]:
+    """Output and gradients."""
+    out = selected_attention(q, k, v, indices, impl="triton", **options).out  # type: ignore[arg-type]
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), d_out)]
+
+
+@pytest.mark.parametrize("loop_order", LOOP_ORDERS)
+def test_bitwise_equal_from_run_to_run_and_whatever_is_kept(loop_order: str):
+    x, indices = inputs(5000), random_selection(5000, 2, 16, 79, "cuda")
+    first = gradients(*x, indices, loop_order=loop_order)
+    for options in ({}, {}, {"save_index": False}):
+        again = gradients(*x, indices, loop_order=loop_order, **options)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_a_small_workspace_changes_no_output():
+    x, indices = inputs(9000), random_selection(9000, 2, 16, 141, "cuda")
+    whole, cut = gradients(*x, indices), gradients(*x, indices, workspace_mib=8)
+    assert torch.equal(whole[0], cut[0])
+    assert torch.equal(whole[1], cut[1])
+    for a, b in zip(whole[2:], cut[2:], strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("workspace_mib", [16, 64])
+def test_the_workspace_keeps_to_its_bound(workspace_mib: int):
+    x, indices = inputs(16384), random_selection(16384, 2, 16, 256, "cuda")
+    gradients(*x, indices, workspace_mib=workspace_mib)
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    with torch.no_grad():
+        out, lse = selected_attention(*x[:3], indices, impl="triton", workspace_mib=workspace_mib)
+    index = 3 * indices.numel() * 4 + (40 << 20)
+    assert torch.cuda.max_memory_allocated() - held <= (workspace_mib << 20) + index + out.nbytes + lse.nbytes
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+@pytest.mark.parametrize("loop_order", LOOP_ORDERS)
+def test_no_host_synchronisation(loop_order: str):
+    x, indices = inputs(700), random_selection(700, 2, 4, 11, "cuda")
+    layout = SequenceLayout.from_lengths([300, 0, 400], "cuda")
+    gradients(*x, indices, loop_order=loop_order, cu_seqlens=layout)
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gradients(*x, indices, loop_order=loop_order, cu_seqlens=layout)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.parametrize("loop_order", LOOP_ORDERS)
+def test_captured_in_a_graph(loop_order: str):
+    *leaves, d_out = inputs(600)
+    indices, layout = random_selection(600, 2, 4, 10, "cuda"), SequenceLayout.from_lengths([250, 350], "cuda")
+    common = {"loop_order": loop_order, "cu_seqlens": layout}
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            gradients(*leaves, d_out, indices, **common)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gradients(*leaves, d_out, indices, **common)
+    with torch.no_grad():
+        for x in leaves:
+            x.normal_()
+        indices.copy_(random_selection(600, 2, 4, 10, "cuda"))
+    graph.replay()
+    expected = gradients(*leaves, d_out, indices, **common)
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.parametrize("loop_order", LOOP_ORDERS)
+def test_logits_of_ten_thousand(loop_order: str):
+    q, k, v, d_out = inputs(400)
+    with torch.no_grad():
+        q.mul_(1e4 / 128**0.5)
+    got = gradients(q, k, v, d_out, random_selection(400, 2, 4, 7, "cuda"), loop_order=loop_order)
+    assert all(torch.isfinite(x).all() for x in got)
+
+
+def test_new_lengths_compile_nothing():
+    from flash_sparse_attention.impl.triton import inverted_index, merge, selected_kv_outer
+
+    def specialisations() -> int:
+        kernels = (
+            selected_kv_outer._selected_fwd_kv_outer_kernel,
+            selected_kv_outer._selected_bwd_kv_outer_kernel,
+            inverted_index._scatter_pairs_kernel,
+            inverted_index._fill_segments_kernel,
+            merge._merge_slots_kernel,
+        )
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    for tokens in (1024, 1000):
+        gradients(*inputs(tokens), random_selection(tokens, 2, 4, 16, "cuda"))
+    before = specialisations()
+    for lengths in ([1], [16], [2048], [1, 1500, 16], [333, 1]):
+        x, indices = inputs(sum(lengths)), random_selection(sum(lengths), 2, 4, 16, "cuda")
+        gradients(*x, indices, cu_seqlens=SequenceLayout.from_lengths(lengths, "cuda"))
+    assert specialisations() == before
+
+
+def test_compiled_by_inductor():
+    q, k, v, d_out = inputs(500)
+    indices = random_selection(500, 2, 4, 8, "cuda")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return selected_attention(q * 1.0, k, v, indices, impl="triton").out * 2.0
+
+    expected = [attend(q, k, v), *torch.autograd.grad(attend(q, k, v), (q, k, v), d_out)]
+    compiled = torch.compile(attend, fullgraph=True)
+    got = [compiled(q, k, v), *torch.autograd.grad(compiled(q, k, v), (q, k, v), d_out)]
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.parametrize("loop_order", LOOP_ORDERS)
+@pytest.mark.parametrize(("tokens", "heads"), [(65536, 32), (1048576, 64)], ids=str)
+def test_long_sequences_row_by_row(tokens: int, heads: int, loop_order: str):
+    # 1,048,576 tokens of 64 heads of 128 are 2**33 elements: offsets of 32 bits would show.
+    if torch.cuda.mem_get_info()[1] < 100 << 30 and tokens > 65536:
+        pytest.skip("needs 100 GiB of device memory")
+    kv_heads, slots, block_size = 4, 4, 64
+    q, k, v, d_out = inputs(tokens, heads, kv_heads)
+    indices = random_selection(tokens, kv_heads, slots, tokens // block_size, "cuda")
+    rows = torch.cat([torch.randint(0, tokens, (30,), device="cuda"), torch.tensor([0, tokens - 1], device="cuda")])
+    rows = rows.unique()
+    # Only these rows have a gradient, so that the gradients of k and v can be known.
+    d_rows = d_out[rows].clone()
+    d_out.zero_().index_copy_(0, rows, d_rows)
+    out, lse = selected_attention(q, k, v, indices, impl="triton", loop_order=loop_order)
+    dq, dk, dv = torch.autograd.grad(out, (q, k, v), d_out)
+    del d_out
+    exact_out, exact_lse = selected_rows(q.detach(), k.detach(), v.detach(), indices, block_size, rows)
+    torch.testing.assert_close(out[rows].double(), exact_out, rtol=0, atol=3e-2)
+    torch.testing.assert_close(lse[rows].double(), exact_lse, rtol=0, atol=1e-4)
+    # The same rows among the tokens that they see, as a call of their own.
+    touched = (dk.abs().amax((1, 2)) > 0).nonzero().squeeze(1)
+    seen = indices[rows].unique()
+    assert torch.isin(touched // block_size, seen).all()
+    leaf = q.detach().clone().requires_grad_()
+    small_out, _ = selected_rows(leaf, k, v, indices, block_size, rows)
+    grads = torch.autograd.grad(small_out, (leaf, k, v), d_rows.double())
+    for got, expected in zip((dq[rows], dk, dv), (grads[0][rows], *grads[1:]), strict=True):
+        scale = expected.abs().max()
+        assert (got - expected).abs().max() <= 2e-2 * scale
+    assert math.isfinite(out.float().sum().item())

@@ -1,0 +1,208 @@
+"""The Triton kernels in Triton's interpreter, on a CPU: TRITON_INTERPRET=1 pytest -m interpreter."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
+
+from flash_sparse_attention import SequenceLayout, geometry, selected_attention
+from flash_sparse_attention.accuracy import Case, judge
+from triton_cases import config, random_selection
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # -inf - -inf and log 0, as numpy sees them
+]
+
+CASES = [
+    Case((40, 0, 1, 21), 4, 2, 16, 16, config(16, 3)),
+    Case((1,), 2, 1, 16, 16, config(16, 1)),
+    Case((33, 18), 5, 1, 24, 16, config(16, 5)),
+    Case((50,), 7, 1, 16, 40, config(24, 2)),
+    Case((70,), 1, 1, 16, 16, config(64, 1), dtype=torch.float16),
+    Case((37,), 16, 1, 16, 16, config(16, 2), dtype=torch.float16),
+    Case((90,), 2, 2, 16, 32, config(80, 2)),
+    Case((45,), 4, 2, 16, 16, config(16, 12)),
+    Case((35, 9), 4, 2, 16, 16, config(16, 4), flavour="hostile indices"),
+    Case((35, 9), 4, 2, 16, 16, config(16, 4), flavour="fused projection"),
+    # In float32 a loud token shows that scores are computed twice, in sums of another order.
+    *(
+        Case((35, 9), 4, 2, 16, 16, config(16, 4), dtype=torch.float16, flavour=flavour)
+        for flavour in ("loud first token", "quiet first token", "large queries")
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_within_the_budgets_in_both_loop_orders(case: Case):
+    rows = list(judge(case, impls=["triton"], operators=["selected_attention"]))
+    assert {row.impl for row in rows} == {"triton/kv_outer", "triton/query_outer"}
+    assert {row.tensor for row in rows} == {"out", "lse", "grad q", "grad k", "grad v"}
+    assert all(row.ok for row in rows), [row for row in rows if not row.ok]
+
+
+def draw(tokens: int = 60, heads: int = 4, kv_heads: int = 2, dim: int = 16) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v, wanting gradients."""
+    q, k, v = (torch.randn(tokens, h, dim, requires_grad=True) for h in (heads, kv_heads, kv_heads))
+    return q, k, v
+
+
+def outputs_and_gradients(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, **options: object) -> list[Tensor]:
+    """out, lse and the gradients of q, k and v of a loss that takes both in."""
+    options = {"block_size": 16, **options}
+    out, lse = selected_attention(q, k, v, indices, **options)  # type: ignore[arg-type]
+    weight = torch.linspace(-1, 1, out.numel()).view_as(out)
+    loss = (out * weight).sum() + lse.masked_fill(lse == -math.inf, 0.0).sin().sum()
+    return [out.detach(), lse.detach(), *torch.autograd.grad(loss, (q, k, v))]
+
+
+def assert_same(got: list[Tensor], expected: list[Tensor], tolerance: float = 2e-5) -> None:
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def build(indices: Tensor, layout: SequenceLayout, block_size: int, workspace: int):  # type: ignore[no-untyped-def]
+    """The index, with a workspace of so many pairs."""
+    from flash_sparse_attention.impl.triton.inverted_index import Chunks, build_index
+
+    chunks = Chunks.fit(indices, layout.batch, block_size, 1, workspace)
+    return build_index(indices, layout.cu_seqlens, block_size, chunks)
+
+
+def test_index_of_the_worked_example():
+    from flash_sparse_attention.impl.triton import inverted_index
+
+    indices = torch.tensor([[0, -1], [5, 0], [0, 1], [1, 0]], dtype=torch.int32).unsqueeze(1)
+    layout = SequenceLayout.from_lengths([4])
+    index = build(indices, layout, 2, 1 << 20)
+    assert index.place[:, 0].tolist() == [[0, -1], [-1, 1], [2, 4], [5, 3]]
+    assert index.pairs[:6].tolist() == [0, 1, 2, 3, 2, 3]
+    assert inverted_index.mark_valid(indices, layout.cu_seqlens, 2)[:, 0].tolist() == [[0, -1], [-1, 0], [0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("workspace", [1 << 20, 2000, 700])
+@pytest.mark.parametrize("lengths", [(300,), (70, 0, 1, 290, 16)], ids=str)
+def test_index_against_counting_one_by_one(lengths: tuple[int, ...], workspace: int, monkeypatch: pytest.MonkeyPatch):
+    from flash_sparse_attention.impl.triton import inverted_index
+
+    monkeypatch.setattr(inverted_index, "MIN_CHUNK_TOKENS", 1)
+    tokens, heads, slots, block_size = sum(lengths), 2, 5, 16
+    layout = SequenceLayout.from_lengths(lengths)
+    indices = random_selection(tokens, heads, slots, geometry.num_blocks(max(lengths), block_size))
+    index = build(indices, layout, block_size, workspace)
+    chunks = index.chunks
+    assert (chunks.head_chunks * chunks.token_chunks == 1) == (workspace == 1 << 20)
+    expected: dict[tuple[int, int, int, int], list[tuple[int, int]]] = {}
+    positions, sequences = layout.positions().tolist(), layout.sequence_ids().tolist()
+    for token in range(tokens):
+        for head in range(heads):
+            seen = set()
+            for slot, block in enumerate(indices[token, head].tolist()):
+                valid = 0 <= block <= positions[token] // block_size and block not in seen
+                seen.add(block)
+                assert (index.place[token, head, slot] >= 0) == valid
+                if valid:
+                    key = token // chunks.tokens, head, sequences[token], block
+                    expected.setdefault(key, []).append((token, slot))
+    # Buckets in their order, tokens ascending, each slot knowing its place.
+    flat = [(token, key[1], slot) for key in sorted(expected) for token, slot in expected[key]]
+    assert [token for token, _, _ in flat] == index.pairs[: len(flat)].tolist()
+    assert [int(index.place[at]) for at in flat] == list(range(len(flat)))
+
+    segments = index.segments(7)
+    table = segments.table[: int(segments.ends[-1])].tolist()
+    covered = sorted(pair for first, _, count, _ in table for pair in range(first, first + count))
+    assert covered == list(range(len(flat)))
+    assert all(0 < count <= 7 for _, _, count, _ in table)
+    per_chunk = segments.ends.view(-1, chunks.buckets)[:, -1].diff(prepend=torch.zeros(1, dtype=torch.int32))
+    assert int(per_chunk.max()) <= segments.most_of_chunk
+
+
+@pytest.mark.parametrize("loop_order", ["kv_outer", "query_outer"])
+def test_chunks_segments_and_a_rebuilt_index_change_nothing(loop_order: str, monkeypatch: pytest.MonkeyPatch):
+    from flash_sparse_attention.impl.triton import inverted_index, ops
+
+    q, k, v = draw(80)
+    indices = random_selection(80, 2, 3, 5)
+    common = {"impl": "triton", "loop_order": loop_order}
+    whole = outputs_and_gradients(q, k, v, indices, **common)
+    again = outputs_and_gradients(q, k, v, indices, **common, save_index=False)
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+    monkeypatch.setattr(inverted_index, "MIN_CHUNK_TOKENS", 16)
+    fit = ops.Chunks.fit
+    monkeypatch.setattr(ops.Chunks, "fit", lambda *args: fit(*args[:-1], 20 * 3 * args[-2]))
+    cut = outputs_and_gradients(q, k, v, indices, **common)
+    assert_same(cut, whole, 1e-6)
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_any_softmax_scale(scale: float):
+    q, k, v = draw()
+    indices = random_selection(60, 2, 3, 4)
+    got = outputs_and_gradients(q, k, v, indices, impl="triton", softmax_scale=scale)
+    assert_same(got, outputs_and_gradients(q, k, v, indices, impl="reference", softmax_scale=scale))
+
+
+@pytest.mark.parametrize("loop_order", ["kv_outer", "query_outer"])
+def test_large_logits_do_not_overflow(loop_order: str):
+    q, k, v = draw()
+    indices = random_selection(60, 2, 3, 4)
+    with torch.no_grad():
+        q *= 3e3
+        k *= 10
+    got = outputs_and_gradients(q, k, v, indices, impl="triton", loop_order=loop_order)
+    assert all(torch.isfinite(x).all() for x in (got[0], *got[2:]))
+    torch.testing.assert_close(
+        got[0], outputs_and_gradients(q, k, v, indices, impl="reference")[0], rtol=1e-3, atol=1e-3
+    )
+
+
+def test_no_tokens_and_no_valid_entry():
+    q, k, v = draw(0)
+    empty = outputs_and_gradients(q, k, v, random_selection(0, 2, 3, 4), impl="triton")
+    assert [x.shape[0] for x in empty] == [0] * 5
+    q, k, v = draw(20)
+    out, lse, *grads = outputs_and_gradients(q, k, v, torch.full((20, 2, 3), -1, dtype=torch.int32), impl="triton")
+    assert (lse == -math.inf).all()
+    assert all(torch.equal(x, torch.zeros_like(x)) for x in (out, *grads))
+
+
+def test_operator_contract():
+    from flash_sparse_attention.impl.triton.ops import _selected_attention
+
+    q, k, v = draw(40)
+    indices, bounds = random_selection(40, 2, 3, 4), torch.tensor([0, 25, 40], dtype=torch.int32)
+    for loop_order, save_index in (("kv_outer", True), ("query_outer", False)):
+        opcheck(_selected_attention, (q, k, v, indices, bounds, 16, 0.25, loop_order, 64, save_index))
+
+
+def test_compiled_checkpointed_and_under_autocast():
+    q, k, v = draw(40)
+    indices = random_selection(40, 2, 3, 4)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return selected_attention(q, k, v, indices, block_size=16, impl="triton").out
+
+    plain = torch.autograd.grad(attend(q, k, v).square().sum(), (q, k, v))
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for run in (compiled, lambda *x: checkpoint(attend, *x, use_reentrant=False)):
+        assert_same(list(torch.autograd.grad(run(q, k, v).square().sum(), (q, k, v))), list(plain), 1e-6)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attend(q, k, v)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, attend(q, k, v))
+
+
+def test_head_dimensions_beyond_256_are_refused():
+    x = torch.randn(4, 1, 288)
+    indices = torch.zeros(4, 1, 1, dtype=torch.int32)
+    with pytest.raises(ValueError, match="it takes head dimensions up to 256, not 288"):
+        selected_attention(x, x, x, indices, impl="triton")
+    assert selected_attention(x, x, x, indices).out.shape == (4, 1, 288)
