@@ -47,7 +47,7 @@ SAMPLED_ROWS = 64
 
 
 def random_blocks(tokens: int, kv_heads: int, block_size: int, slots: int) -> Tensor:
-    """Block 0, the two newest blocks, and others at random: int32 `[N, Hk, T]`, ascending, -1 where there are no more."""
+    """Block 0, the two newest blocks, others at random: int32 `[N, Hk, T]`, ascending, -1 where there are no more."""
     blocks = torch.arange(-(-tokens // block_size), device="cuda")
     parts = []
     for first in range(0, tokens, 2048):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
@@ -192,17 +190,13 @@ def test_long_sequences_row_by_row(tokens: int, heads: int, loop_order: str):
     out, lse = selected_attention(q, k, v, indices, impl="triton", loop_order=loop_order)
     dq, dk, dv = torch.autograd.grad(out, (q, k, v), d_out)
     del d_out
-    exact_out, exact_lse = selected_rows(q.detach(), k.detach(), v.detach(), indices, block_size, rows)
-    torch.testing.assert_close(out[rows].double(), exact_out, rtol=0, atol=3e-2)
-    torch.testing.assert_close(lse[rows].double(), exact_lse, rtol=0, atol=1e-4)
-    # The same rows among the tokens that they see, as a call of their own.
-    touched = (dk.abs().amax((1, 2)) > 0).nonzero().squeeze(1)
-    seen = indices[rows].unique()
-    assert torch.isin(touched // block_size, seen).all()
-    leaf = q.detach().clone().requires_grad_()
-    small_out, _ = selected_rows(leaf, k, v, indices, block_size, rows)
-    grads = torch.autograd.grad(small_out, (leaf, k, v), d_rows.double())
-    for got, expected in zip((dq[rows], dk, dv), (grads[0][rows], *grads[1:]), strict=True):
-        scale = expected.abs().max()
-        assert (got - expected).abs().max() <= 2e-2 * scale
-    assert math.isfinite(out.float().sum().item())
+    q_rows, out_rows, lse_rows, dq_rows = (x.detach()[rows] for x in (q, out, lse, dq))
+    assert torch.isfinite(out).all()
+    del q, out, lse, dq
+    q_rows.requires_grad_()
+    exact_out, exact_lse = selected_rows(q_rows, k, v, indices, block_size, rows)
+    torch.testing.assert_close(out_rows.double(), exact_out, rtol=0, atol=3e-2)
+    torch.testing.assert_close(lse_rows.double(), exact_lse, rtol=0, atol=1e-4)
+    expected = torch.autograd.grad(exact_out, (q_rows, k, v), d_rows.double())
+    for got, exact in zip((dq_rows, dk, dv), expected, strict=True):
+        assert (got - exact).abs().max() <= 2e-2 * exact.abs().max()

@@ -27,22 +27,22 @@ def random_selection(tokens: int, num_kv_heads: int, slots: int, blocks: int, de
 
 
 def selected_rows(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_size: int, rows: Tensor
+    q_rows: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_size: int, rows: Tensor
 ) -> tuple[Tensor, Tensor]:
     """out and lse of some tokens of one sequence, in float64, by the definition; nothing grows with the sequence."""
-    group = q.shape[1] // k.shape[1]
+    group = q_rows.shape[1] // k.shape[1]
     blocks = block_indices[rows].long()  # [R, K, T]
     valid = (blocks >= 0) & (blocks <= (rows // block_size)[:, None, None])
     ordered, order = blocks.masked_fill(~valid, -1).sort(-1)
     repeated = torch.zeros_like(valid)
     repeated[..., 1:] = ordered[..., 1:] == ordered[..., :-1]
     valid = valid & ~torch.zeros_like(valid).scatter(-1, order, repeated)
-    key = blocks.unsqueeze(-1) * block_size + torch.arange(block_size, device=q.device)
+    key = blocks.unsqueeze(-1) * block_size + torch.arange(block_size, device=k.device)
     visible = (valid.unsqueeze(-1) & (key <= rows[:, None, None, None])).flatten(2)  # [R, K, T * L]
     key = key.flatten(2).clamp(0, len(k) - 1)
-    head = torch.arange(k.shape[1], device=q.device)[None, :, None]
-    q_RKGD = q[rows].double().unflatten(1, (k.shape[1], group))
-    scores_RKGS = torch.einsum("rkgd,rksd->rkgs", q_RKGD, k[key, head].double()) * q.shape[-1] ** -0.5
+    head = torch.arange(k.shape[1], device=k.device)[None, :, None]
+    q_RKGD = q_rows.double().unflatten(1, (k.shape[1], group))
+    scores_RKGS = torch.einsum("rkgd,rksd->rkgs", q_RKGD, k[key, head].double()) * k.shape[-1] ** -0.5
     scores_RKGS = scores_RKGS.masked_fill(~visible.unsqueeze(2), -torch.inf)
     lse = scores_RKGS.logsumexp(-1)
     p_RKGS = (scores_RKGS - lse.masked_fill(lse == -torch.inf, 0.0).unsqueeze(-1)).exp()

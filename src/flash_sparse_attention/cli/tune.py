@@ -155,7 +155,7 @@ def _print_table(entries: Sequence[Any], loop_orders: Sequence[str], console: Co
         ]
         for number, (schedule, name, text) in enumerate(rows):
             tokens = "" if number else f"{entry.shape.total_tokens:,}"
-            times = (f"{entry.ms[schedule][name]:.3f}" for name in ("forward", "backward"))
+            times = [f"{entry.ms[schedule][direction]:.3f}" for direction in ("forward", "backward")]
             taken = schedule == entry.loop_order
             table.add_row(tokens, f"{name} (taken)" if taken else name, *times, text, style="bold" if taken else None)
         table.add_section()

@@ -232,7 +232,7 @@ def built_in_tiles(shape: SelectedShape) -> SelectedTiles:
     segment_rows = 2048 if rows >= 1 << 24 and group < 16 else 1024
     forward = KvOuterTiles(64, min(64, block), max(1, segment_rows // group), 4, 1, 128)
     if block >= 128:
-        forward = KvOuterTiles(64, 128, max(1, 2048 // group), 4, 2)
+        forward = KvOuterTiles(64, 128, max(1, 2048 // group), 4, 2 if block == 128 else 1)
     # Backward: 9.86 so; 1 stage 10.9, 3 stages 15.7; 32 rows 10.8; 8 warps 13.6; rows of a segment 4,096: 9.83, but
     # 0.46 more for the sum over the segments. At 8,192 tokens 8,192 rows of a segment: 1.64, 4,096: 1.27.
     segment_rows = 8192 if rows >= 1 << 24 and block <= 64 else 4096
