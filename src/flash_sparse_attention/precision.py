@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-
 # Asked once, as torch.compile cannot trace the question in every version.
 _AUTOCAST_DEVICES = frozenset(
     device for device in ("cpu", "cuda", "xpu", "mps", "hpu", "npu") if torch.amp.is_autocast_available(device)

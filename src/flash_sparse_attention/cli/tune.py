@@ -129,11 +129,15 @@ def _measure(shape: Any, device: torch.device, seconds: float, console: Console)
 
 def describe(tiles: Any) -> str:
     """Tiles in a few words."""
-    keys, launch = f"{tiles.keys} keys", f"{tiles.warps} warps, {tiles.stages} stages"
+    keys, launch = f"{tiles.keys} keys", f"{_count(tiles.warps, 'warp')}, {_count(tiles.stages, 'stage')}"
     if not hasattr(tiles, "rows"):
         return f"{keys}, {launch}"
     registers = "" if tiles.registers is None else f", {tiles.registers} registers"
     return f"{tiles.rows} rows, {keys}, {tiles.segment_pairs} pairs, {launch}{registers}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _print_table(entries: Sequence[Any], loop_orders: Sequence[str], console: Console) -> None:
