@@ -174,32 +174,15 @@ def kernel_names() -> set[str]:
     return {name for name in names if name.endswith("_kernel")}
 
 
-# Kernels with the heads of a chunk among their constants. These depend on the length: as many as fit the workspace.
-BY_CHUNK = {"_merge_slots_kernel", "_sum_segments_kernel"}
 LENGTHS = [(1000, 1), (4097, 7), (65536, 16)]
 
 
-@pytest.mark.parametrize(
-    "by_chunk",
-    [
-        pytest.param(False, id="others"),
-        pytest.param(
-            True,
-            id="by chunk",
-            marks=pytest.mark.xfail(
-                reason="CHUNK_HEADS is a constant: a length that changes the heads of a chunk compiles them again",
-                raises=AssertionError,
-                strict=True,
-            ),
-        ),
-    ],
-)
-def test_lengths_never_recompile(compiler: Compiler, by_chunk: bool):
+def test_lengths_never_recompile(compiler: Compiler):
     known: dict[str, str] = {}
     again: set[str] = set()
     for total_tokens, num_sequences in LENGTHS:
         compiled = compile_all(compiler, Case(90), total_tokens=total_tokens, num_sequences=num_sequences)
-        variants = {kernel.hash: kernel.variant for kernel in compiled if (kernel.name in BY_CHUNK) == by_chunk}
+        variants = {kernel.hash: kernel.variant for kernel in compiled}
         known = known or variants
         again |= {variant for hash, variant in variants.items() if hash not in known}
     assert known

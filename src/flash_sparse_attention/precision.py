@@ -9,7 +9,7 @@ from torch import Tensor
 
 # Asked once, as torch.compile cannot trace the question in every version.
 _AUTOCAST_DEVICES = frozenset(
-    device for device in ("cpu", "cuda", "xpu", "mps", "hpu", "npu") if torch.amp.is_autocast_available(device)
+    device for device in ("cpu", "cuda", "xpu", "mps", "hpu") if torch.amp.is_autocast_available(device)
 )
 
 

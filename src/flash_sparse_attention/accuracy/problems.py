@@ -194,8 +194,8 @@ def _selected_problem(case: Case, layout: SequenceLayout) -> Problem:
 
     def compute(x: Tensors, impl: str) -> Tensors:
         impl, _, loop_order = impl.partition("/")
-        how = {"block_size": case.config.block_size, "loop_order": loop_order or "auto"}
-        attend = partial(functional.selected_attention, **how)
+        size = case.config.block_size
+        attend = partial(functional.selected_attention, block_size=size, loop_order=loop_order or "auto")
         return plain.attend(attend, x["q"], x["k"], x["v"], block_indices, layout, impl)._asdict()
 
     return Problem("selected_attention", "", case, layout, attention_inputs(case, layout, layout), compute)

@@ -169,7 +169,8 @@ def _print_implementations(device: torch.device, dtype: torch.dtype) -> None:
 
 def _print_loop_orders() -> None:
     """The schedule of selected attention that its Triton kernels take by themselves, for a few shapes."""
-    tuning = importlib.import_module("..impl.triton.tuning", __package__)
+    from ..impl.triton import tuning
+
     sizes = f"{_HEADS} heads of {_HEAD_DIM}, T = {_SLOTS}, blocks of {_BLOCK_SIZE}, bfloat16"
     table = Table(title=f'What loop_order="auto" takes in Triton, {sizes}', title_justify="left")
     for column in ("heads of a group", "tokens"):

@@ -60,7 +60,8 @@ def tune(
     device = _device()
     resolve("selected_attention", "triton", device, _DTYPES[dtype], max(head_dim, dim_v))
 
-    tuning = importlib.import_module("..impl.triton.tuning", __package__)
+    from ..impl.triton import tuning
+
     file = tuning.tuning_file()
     if not dry_run:
         tuning.read_entries(file)  # Refuses a file that cannot be added to, before the work.
@@ -103,7 +104,8 @@ def _device() -> torch.device:
 
 def _measure(shape: Any, device: torch.device, seconds: float, console: Console) -> Any:
     """The entry of one length. Shows the progress on a terminal, and why candidates are out anywhere."""
-    measure = importlib.import_module("..impl.triton.measure", __package__)
+    from ..impl.triton import measure
+
     total = {name: len(tiles) for name, tiles in measure.candidates(shape)._asdict().items()}
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[best]}"), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

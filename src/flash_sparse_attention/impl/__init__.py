@@ -140,7 +140,7 @@ def resolve(operator: str, impl: str, device: torch.device, dtype: torch.dtype, 
 
 def load(row: Capability) -> Callable[..., Any]:
     """The function of a row, whose module is imported when it is first used."""
-    return getattr(_load(row.module), row.operator)  # type: ignore[no-any-return]
+    return getattr(_load(row.module), row.operator)
 
 
 def _load(module: str) -> ModuleType:

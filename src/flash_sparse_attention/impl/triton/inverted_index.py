@@ -23,7 +23,9 @@ a chunk are consecutive, and their partial results are as well.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -33,7 +35,7 @@ from torch import Tensor
 from .primitives import pack_blocks, padded, sequence_of
 
 # Counters of a selection: more runs make the writing of the pairs shorter, which one program does for each run.
-MAX_RUNS, MIN_RUNS, COUNTERS = 512, 64, 1 << 22
+MAX_RUNS, MIN_RUNS, COUNTERS = 1024, 64, 1 << 23
 COUNT_ENTRIES = 1024
 SCATTER_ENTRIES = 64
 SEGMENT_BUCKETS = 128
@@ -105,7 +107,7 @@ class Chunks:
         """Counters of the index: (chunk of tokens, bucket of all, run)."""
         return self.token_chunks * self.num_kv_heads * self.num_blocks * self.runs
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
         """The chunks, as (number, first kv head, first token, tokens)."""
         for head_chunk in range(self.head_chunks):
             for token_chunk in range(self.token_chunks):
@@ -183,7 +185,7 @@ def mark_valid(block_indices: Tensor, cu_seqlens: Tensor, block_size: int) -> Te
 def build_index(block_indices: Tensor, cu_seqlens: Tensor, block_size: int, chunks: Chunks) -> InvertedIndex:
     """The inverted index of a selection int32 `[N, Hk, T]` of any content."""
     total_tokens, num_kv_heads, slots = block_indices.shape
-    new = {"dtype": torch.int32, "device": block_indices.device}
+    new: dict[str, Any] = {"dtype": torch.int32, "device": block_indices.device}
     place = torch.empty(block_indices.shape, **new)
     counts = torch.zeros(chunks.counters, **new)
     _count_pairs(

@@ -23,7 +23,7 @@ from ...types import SequenceLayout
 from ...validation import bad
 from .delta import launch_delta
 from .inverted_index import InvertedIndex, build_index, mark_valid
-from .ops import _chunks
+from .ops import chunks_of
 from .primitives import padded
 from .selected_kv_outer import launch_selected_bwd_kv_outer, launch_selected_fwd_kv_outer
 from .selected_query_outer import launch_selected_dq_query_outer, launch_selected_fwd_query_outer
@@ -138,8 +138,8 @@ def tune(
         shape: sizes and dtype; inputs are random, see `Problem`.
         layout: of its tokens; one sequence by default.
         device: where to measure, the current CUDA device.
-        seconds: when no more candidates are begun. Each kernel has a third, and what those before it left. Built-in
-            tiles and both loop orders are always measured, so it can take somewhat longer.
+        seconds: after which no more candidates are begun. Each kernel has a third, and what those before it left. The
+            inputs come on top, and so do both loop orders, which are always measured, as the built-in tiles are.
         progress: called after each candidate.
 
     Raises:
@@ -149,9 +149,9 @@ def tune(
     layout = layout or SequenceLayout.uniform(1, shape.total_tokens, device)
     if layout.total_tokens != shape.total_tokens:
         raise bad("layout", f"of the N={shape.total_tokens} tokens of the shape", layout.total_tokens)
-    begin = time.monotonic()
     problem = Problem.random(shape, layout.to(device), device)
     built_in, tried = built_in_tiles(shape), candidates(shape)
+    begin = time.monotonic()
     ends = [begin + seconds * (i + 1) / len(KERNELS) for i in range(len(KERNELS))]
     report = progress or (lambda step: None)
     tiles = SelectedTiles(
@@ -227,7 +227,7 @@ class Problem:
             block_indices,
             layout.cu_seqlens,
             shape.block_size,
-            _chunks(shape, block_indices, layout.cu_seqlens, WORKSPACE_MIB),
+            chunks_of(shape, block_indices, layout.cu_seqlens, WORKSPACE_MIB),
         )
         problem = cls(shape, layout, q, k, v, d_out, block_indices, index, d_out, d_out)
         out, problem.lse = problem.kv_outer_forward(built_in_tiles(shape).kv_outer_forward)

@@ -39,13 +39,13 @@ def launch_merge(
     first_row = (first_token // chunks.tokens * chunks.num_kv_heads + first_head) * chunks.num_blocks * chunks.runs
     _merge_slots_kernel[(triton.cdiv(tokens * chunks.heads * group, rows),)](
         partial, partial if partial_lse is None else partial_lse, index.place, index.run_ends,
-        out, out if lse is None else lse, first_row, first_token, first_head, tokens, scale,
-        num_heads, chunks.heads * group, group, chunks.slots, padded(chunks.slots, 1), parts,
+        out, out if lse is None else lse, first_row, first_token, first_head, tokens, chunks.heads * group, scale,
+        num_heads, group, chunks.slots, padded(chunks.slots, 1), parts,
         dim, partial_lse is not None, rows, tile, num_warps=1,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["first_row", "first_token", "first_head", "tokens"])
+@triton.jit(do_not_specialize=["first_row", "first_token", "first_head", "tokens", "chunk_heads"])
 def _merge_slots_kernel(
     partial_ptr,
     partial_lse_ptr,
@@ -57,9 +57,9 @@ def _merge_slots_kernel(
     first_token,
     first_head,
     tokens,
+    chunk_heads,
     scale,
     NUM_HEADS: tl.constexpr,
-    CHUNK_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     SLOTS: tl.constexpr,
     SLOTS_PADDED: tl.constexpr,
@@ -77,9 +77,9 @@ def _merge_slots_kernel(
     """
     PADDED: tl.constexpr = padded_dim(DIM)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    mask = row < tokens.to(tl.int64) * CHUNK_HEADS
-    token = first_token + row // CHUNK_HEADS
-    head = first_head * GROUP + row % CHUNK_HEADS
+    mask = row < tokens.to(tl.int64) * chunk_heads
+    token = first_token + row // chunk_heads
+    head = first_head * GROUP + row % chunk_heads
     first_pair = tl.load(run_end_ptr + first_row - 1, mask=first_row > 0, other=0)
     places = place_ptr + (token * (NUM_HEADS // GROUP) + head // GROUP) * SLOTS
     in_group = head % GROUP

@@ -111,7 +111,7 @@ def _selected_attention_backward(
     tiles = tiles_of(shape)
     delta = launch_delta(d_out, d_lse.contiguous(), out)
     if place.numel() > 0:
-        index = InvertedIndex(_chunks(shape, block_indices, cu_seqlens, workspace_mib), place, pairs, run_ends)
+        index = InvertedIndex(chunks_of(shape, block_indices, cu_seqlens, workspace_mib), place, pairs, run_ends)
     else:
         index = _index(shape, block_indices, cu_seqlens, block_size, workspace_mib)
     sizes = cu_seqlens, block_size, softmax_scale
@@ -125,7 +125,7 @@ def _selected_attention_backward(
     return dq, dk, dv
 
 
-def _chunks(shape: SelectedShape, block_indices: Tensor, cu_seqlens: Tensor, workspace_mib: int) -> Chunks:
+def chunks_of(shape: SelectedShape, block_indices: Tensor, cu_seqlens: Tensor, workspace_mib: int) -> Chunks:
     """How both passes cut the work; the same, so that they can share an index."""
     parts = triton.cdiv(shape.block_size, tiles_of(shape).kv_outer_backward.keys)
     row_bytes = max(shape.dim_v * shape.dtype.itemsize + 4, shape.dim_k * shape.dtype.itemsize * parts)
@@ -136,7 +136,9 @@ def _chunks(shape: SelectedShape, block_indices: Tensor, cu_seqlens: Tensor, wor
 def _index(
     shape: SelectedShape, block_indices: Tensor, cu_seqlens: Tensor, block_size: int, workspace_mib: int
 ) -> InvertedIndex:
-    return build_index(block_indices, cu_seqlens, block_size, _chunks(shape, block_indices, cu_seqlens, workspace_mib))
+    return build_index(
+        block_indices, cu_seqlens, block_size, chunks_of(shape, block_indices, cu_seqlens, workspace_mib)
+    )
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -146,7 +148,8 @@ def _dense_rows(x: Tensor) -> Tensor:
 
 
 def _nothing(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return (*(torch.empty(0, dtype=torch.int32, device=x.device) for _ in range(3)),)
+    place, pairs, run_ends = (torch.empty(0, dtype=torch.int32, device=x.device) for _ in range(3))
+    return place, pairs, run_ends
 
 
 def _empty_outputs(q: Tensor, v: Tensor, block_indices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -158,13 +161,13 @@ def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, T
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output):
     q, k, v, block_indices, cu_seqlens, block_size, softmax_scale, loop_order, workspace_mib, _ = inputs
     ctx.save_for_backward(q, k, v, block_indices, cu_seqlens, *output)
     ctx.sizes = block_size, softmax_scale, loop_order, workspace_mib
 
 
-def _differentiate(ctx, d_out, d_lse, *_):  # type: ignore[no-untyped-def]
+def _differentiate(ctx, d_out, d_lse, *_):
     return (*_selected_attention_backward(d_out, d_lse, *ctx.saved_tensors, *ctx.sizes), *[None] * 7)
 
 
@@ -173,13 +176,13 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, cu_seqlens: Tensor, block_size: int, softmax_scale: float,
     loop_order: str, workspace_mib: int, save_index: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    out, lse, *nothing = _empty_outputs(q, v, block_indices)
+    empty = _empty_outputs(q, v, block_indices)
     shape = SelectedShape.of(q, k, v, block_indices, block_size)
     if not save_index or loop_order_of(shape, loop_order) == "query_outer":
-        return out, lse, *nothing
-    chunks = _chunks(shape, block_indices, cu_seqlens, workspace_mib)
+        return empty
+    chunks = chunks_of(shape, block_indices, cu_seqlens, workspace_mib)
     place, pairs = block_indices.new_empty(block_indices.shape), block_indices.new_empty(block_indices.numel())
-    return out, lse, place, pairs, block_indices.new_empty(chunks.counters)
+    return empty[0], empty[1], place, pairs, block_indices.new_empty(chunks.counters)
 
 
 _selected_attention_backward.register_fake(lambda d_out, d_lse, q, k, v, *_: _empty_gradients(q, k, v))

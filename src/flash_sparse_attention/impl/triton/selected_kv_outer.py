@@ -11,6 +11,8 @@ Rows come straight from the inverted index, so that no head grouping is padded. 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -234,7 +236,7 @@ def launch_selected_bwd_kv_outer(
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     segments = index.segments(tiles.segment_pairs)
     partial = q.new_empty(chunks.pairs * group * parts if dq is not None else 1, dim_k)
-    wide = {"dtype": torch.float32, "device": q.device}
+    wide: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     dk_tiles = torch.empty(segments.most_of_chunk, parts * tiles.keys, dim_k, **wide)
     dv_tiles = torch.empty(segments.most_of_chunk, parts * tiles.keys, dim_v, **wide)
     # Chunks of tokens add up in float32.
@@ -250,14 +252,15 @@ def launch_selected_bwd_kv_outer(
             num_heads, group, dim_k, dim_v, block_size, dq is not None, tiles.rows, tiles.keys, tiles.stages,
             num_warps=tiles.warps, maxnreg=tiles.registers,
         )  # fmt: skip
-        last = first_token + tokens == total_tokens
+        last = int(first_token + tokens == total_tokens)
         for tiles_f32, total, grad, dim, scale in (
             (dk_tiles, dk_sum, dk, dim_k, softmax_scale),
             (dv_tiles, dv_sum, dv, dim_v, 1.0),
         ):
             _sum_segments_kernel[(chunks.buckets, triton.cdiv(block_size, SUM_KEYS))](
-                tiles_f32, total, grad, segments.ends, cu_seqlens, *common, first_head, scale,
-                num_kv_heads, chunks.heads, dim, block_size, parts * tiles.keys, first_token == 0, last, SUM_KEYS,
+                tiles_f32, total, grad, segments.ends, cu_seqlens, *common,
+                first_head, chunks.heads, int(first_token > 0), last, scale,
+                num_kv_heads, dim, block_size, parts * tiles.keys, SUM_KEYS,
             )  # fmt: skip
         if dq is not None:
             launch_merge(partial, None, index, dq, None, softmax_scale, first_head, first_token, tokens, parts)
@@ -357,7 +360,11 @@ def _selected_bwd_kv_outer_kernel(
     store_rows(dv_ptr, tile * DIM_V, everywhere, dv, DIM_V, PADDED_V)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_blocks", "first_flat", "buckets", "first_head"])
+@triton.jit(
+    do_not_specialize=[
+        "num_sequences", "num_blocks", "first_flat", "buckets", "first_head", "chunk_heads", "add", "last"
+    ]
+)  # fmt: skip
 def _sum_segments_kernel(
     tiles_ptr,
     sum_ptr,
@@ -369,17 +376,17 @@ def _sum_segments_kernel(
     first_flat,
     buckets,
     first_head,
+    chunk_heads,
+    add,
+    last,
     scale,
     HEADS: tl.constexpr,
-    CHUNK_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE_KEYS: tl.constexpr,
-    FIRST: tl.constexpr,
-    LAST: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Sums the tiles of a bucket's segments, and over the chunks of tokens (FIRST to LAST).
+    """Sums the tiles of a bucket's segments, and over the chunks of tokens: `add` to those before, until the `last`.
 
     Grid: (bucket of the chunk, tile of the keys of its block).
     Owns: grad at its keys, and their float32 sum while chunks remain, by plain stores.
@@ -395,15 +402,13 @@ def _sum_segments_kernel(
     first = tl.load(segment_ends_ptr + first_flat - 1, mask=first_flat > 0, other=0)
     begin = tl.load(segment_ends_ptr + before, mask=before >= 0, other=0)
     end = tl.load(segment_ends_ptr + before + 1)
-    total = tl.zeros([KEYS, PADDED], tl.float32)
     head = bucket // num_blocks
-    sum_rows = (key.to(tl.int64) * CHUNK_HEADS + head) * DIM
-    if not FIRST:
-        total = load_rows(sum_ptr, sum_rows, mask, DIM, PADDED)
+    sum_rows = (key.to(tl.int64) * chunk_heads + head) * DIM
+    total = load_rows(sum_ptr, sum_rows, mask & (add != 0), DIM, PADDED)
     for segment in range(begin, end):
         tile = (segment - first).to(tl.int64) * TILE_KEYS + in_block
         total += load_rows(tiles_ptr, tile * DIM, mask, DIM, PADDED)
-    if LAST:
+    if last != 0:
         grad_rows = (key.to(tl.int64) * HEADS + first_head + head) * DIM
         store_rows(grad_ptr, grad_rows, mask, total * scale, DIM, PADDED)
     else:

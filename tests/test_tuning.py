@@ -1,0 +1,428 @@
+"""Tuned choices: the file they are kept in, which of them a call takes, and the search, on fakes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import warnings
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+pytest.importorskip("triton")
+
+from flash_sparse_attention.impl.triton import measure, tuning
+from flash_sparse_attention.impl.triton.tuning import (
+    KvOuterTiles,
+    QueryOuterTiles,
+    SelectedShape,
+    SelectedTiles,
+    TunedEntry,
+    built_in_tiles,
+    choice_of,
+    loop_order_of,
+    read_entries,
+    reset_tuning,
+    store,
+    tiles_of,
+    tuning_file,
+)
+from flash_sparse_attention.types import SequenceLayout
+
+SHAPE = SelectedShape(8192, 8, 4, 16, 64, 128, 128, torch.bfloat16)
+TILES = SelectedTiles(KvOuterTiles(128, 64, 777, 8, 3, 168), KvOuterTiles(32, 32, 999, 4, 1), QueryOuterTiles(32, 8, 3))
+MS = {"kv_outer": {"forward": 1.5, "backward": 2.5}}
+
+
+def entry(device="GPU", tiles=TILES, loop_order="query_outer", **changes) -> TunedEntry:
+    return TunedEntry(device, "3.4.0", SHAPE._replace(**changes), loop_order, tiles, MS)
+
+
+@pytest.fixture(autouse=True)
+def file(tmp_path, monkeypatch):
+    """A file of tuned choices that does not exist yet."""
+    monkeypatch.setenv("FSA_TUNING_CACHE", str(tmp_path / "folder" / "tuning.json"))
+    reset_tuning()
+    yield tuning_file()
+    reset_tuning()
+
+
+def test_the_file_is_named_by_the_environment(monkeypatch, tmp_path):
+    home = str(tmp_path / "home")
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+    monkeypatch.setenv("FSA_TUNING_CACHE", "~/mine.json")
+    assert str(tuning_file()) == f"{home}/mine.json"
+    monkeypatch.delenv("FSA_TUNING_CACHE")
+    assert tuning_file() == tmp_path / "caches" / "flash-sparse-attention" / "tuning.json"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert str(tuning_file()) == f"{home}/.cache/flash-sparse-attention/tuning.json"
+
+
+def test_round_trip(file):
+    assert tiles_of(SHAPE, "GPU") == built_in_tiles(SHAPE)
+    assert store(entry()) == file
+    assert read_entries(file) == [entry()]
+    assert choice_of(SHAPE, "GPU") == ("query_outer", TILES, entry())
+    assert tiles_of(SHAPE, "GPU") == TILES
+    assert loop_order_of(SHAPE, "auto", "GPU") == "query_outer"
+    assert loop_order_of(SHAPE, "kv_outer", "GPU") == "kv_outer"
+
+
+def test_what_the_file_holds(file):
+    store(entry(dim_v=64))
+    content = json.loads(file.read_text())
+    assert content["version"] == 1
+    (found,) = content["entries"]
+    sizes = {"num_kv_heads": 8, "group": 4, "slots": 16, "block_size": 64, "dim_k": 128, "dim_v": 64}
+    assert found["shape"] == {**sizes, "dtype": "bfloat16"}
+    assert (found["device"], found["total_tokens"], found["ms"]) == ("GPU", 8192, MS)
+    assert found["loop_order"] == {"forward": "query_outer", "backward": "query_outer"}
+    assert found["tiles"]["kv_outer_forward"]["registers"] == 168
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_kv_heads": 4},
+        {"group": 8},
+        {"slots": 8},
+        {"block_size": 32},
+        {"dim_k": 64},
+        {"dim_v": 64},
+        {"dtype": torch.float16},
+    ],
+)
+def test_another_shape_is_not_tuned(changes):
+    store(entry())
+    other = SHAPE._replace(**changes)
+    assert choice_of(other, "GPU") == ("kv_outer", built_in_tiles(other), None)
+
+
+def test_another_device_is_not_tuned(monkeypatch):
+    store(entry())
+    assert choice_of(SHAPE, "other").entry is None
+    monkeypatch.setattr(tuning, "device_name", lambda: "GPU")
+    assert tiles_of(SHAPE) == TILES
+    assert loop_order_of(SHAPE, "auto") == "query_outer"
+
+
+def test_without_a_device_the_built_in_choice_holds(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    store(entry())
+    assert tuning.device_name() == ""
+    assert choice_of(SHAPE).entry is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "measured"),
+    [
+        (1, None),
+        (2047, None),
+        (2048, 8192),
+        (8192, 8192),
+        (23170, 8192),
+        (23171, 65536),
+        (262144, 65536),
+        (262145, None),
+        (1000000, None),
+        (2000000, 8000000),
+    ],
+)
+def test_the_nearest_length_counts(tokens, measured):
+    for length in (65536, 8192, 8_000_000):
+        store(entry(total_tokens=length))
+    found = choice_of(SHAPE._replace(total_tokens=tokens), "GPU").entry
+    assert (found and found.shape.total_tokens) == measured
+
+
+def test_lengths_that_a_compiler_leaves_open():
+    """They have no hash, and must not be fixed."""
+    environment = ShapeEnv()
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * 2)
+    tensor = torch.empty(8000, 8)
+    tokens, heads = FakeTensorMode(shape_env=environment).from_tensor(tensor, symbolic_context=context).shape
+    symbolic = SHAPE._replace(total_tokens=tokens, num_kv_heads=heads)
+    assert choice_of(symbolic, "GPU").entry is None
+    store(entry())
+    assert choice_of(symbolic, "GPU").entry == entry()
+    assert isinstance(tokens, torch.SymInt)
+    assert environment.replace(tokens.node.expr).free_symbols
+
+
+def test_an_entry_replaces_its_own_kind_only(file):
+    others = [entry(device="other"), entry(total_tokens=65536), entry(group=1)]
+    for one in [entry(), *others, entry(loop_order="kv_outer", tiles=built_in_tiles(SHAPE))]:
+        store(one)
+    found = read_entries(file)
+    assert len(found) == 4
+    assert all(other in found for other in others)
+    assert choice_of(SHAPE, "GPU").loop_order == "kv_outer"
+
+
+@pytest.mark.parametrize("broken", ["json", "replace"])
+def test_a_write_that_fails_leaves_the_file(file, monkeypatch, broken):
+    store(entry())
+    before = file.read_bytes()
+
+    def fail(*arguments, **options):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(*((json, "dumps") if broken == "json" else (os, "replace")), fail)
+    with pytest.raises(OSError, match="disk full"):
+        store(entry(group=1))
+    assert file.read_bytes() == before
+    assert list(file.parent.iterdir()) == [file]
+
+
+BROKEN = {
+    "nothing": "",
+    "half": '{"version": 1, "entries": [{"dev',
+    "a list": "[]",
+    "another program's": '{"name": "x"}',
+    "a later version": '{"version": 2, "entries": []}',
+    "no entries": '{"version": 1, "entries": 3}',
+    "entries of another kind": '{"version": 1, "entries": [3]}',
+    "binary": b"\xff\xfe\x00",
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_a_broken_file_is_ignored_with_one_warning(file, content):
+    file.parent.mkdir()
+    content = content if isinstance(content, bytes) else content.encode()
+    file.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"folder/tuning.json") as caught:
+        assert choice_of(SHAPE, "GPU").entry is None
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choice_of(SHAPE._replace(group=2), "GPU").entry is None
+    # What may be somebody else's is not overwritten.
+    with pytest.raises(ValueError, match=r"the tuning file must be one that `fsa tune` wrote, got .*: delete it"):
+        store(entry())
+    assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("shape", "dtype"), "bfloat17"),
+        (("shape", "dtype"), "nn"),
+        (("shape", "group"), 0),
+        (("shape", "extra"), 1),
+        (("total_tokens",), "many"),
+        (("loop_order", "backward"), "kv_outer"),
+        (("loop_order",), {"forward": "sideways", "backward": "sideways"}),
+        (("tiles", "kv_outer_forward", "rows"), 48),
+        (("tiles", "kv_outer_backward", "keys"), 8),
+        (("tiles", "kv_outer_backward", "segment_pairs"), 0),
+        (("tiles", "query_outer", "warps"), 3),
+        (("tiles", "query_outer", "stages"), None),
+        (("tiles", "query_outer", "rows"), 16),
+        (("ms",), {"kv_outer": {"forward": "fast"}}),
+    ],
+)
+def test_an_entry_that_no_kernel_can_follow_is_ignored(file, path, value):
+    store(entry())
+    content = json.loads(file.read_text())
+    place = content["entries"][0]
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+    file.write_text(json.dumps(content))
+    reset_tuning()
+    with pytest.warns(UserWarning, match="tuned kernels are not used"):
+        assert choice_of(SHAPE, "GPU").entry is None
+
+
+def test_a_file_that_cannot_be_read_is_ignored(file):
+    file.mkdir(parents=True)
+    with pytest.warns(UserWarning, match=r"tuning\.json"):
+        assert choice_of(SHAPE, "GPU").entry is None
+
+
+def test_the_file_is_read_once(file, monkeypatch):
+    store(entry())
+    reads = []
+    monkeypatch.setattr(tuning, "read_entries", lambda path: reads.append(path) or [entry()])
+    for tokens in range(8000, 8010):
+        assert tiles_of(SHAPE._replace(total_tokens=tokens), "GPU") == TILES
+    assert reads == [file]
+
+
+def shapes():
+    for dtype in (torch.bfloat16, torch.float32):
+        for dim in (64, 128, 192, 256):
+            for block_size in (16, 48, 64, 128):
+                for group in (1, 5, 16, 5000):
+                    yield SHAPE._replace(dtype=dtype, dim_k=dim, dim_v=dim, block_size=block_size, group=group)
+
+
+def test_candidates():
+    for shape in shapes():
+        tried, base = measure.candidates(shape), built_in_tiles(shape)
+        assert tried._fields == measure.KERNELS
+        for name, tiles in tried._asdict().items():
+            assert tiles[0] == getattr(base, name)
+            assert len(set(tiles)) == len(tiles) > 4
+            for one in tiles:
+                tuning._check_tiles(one)
+        # Both passes share what the keys of the backward pass decide.
+        assert {tiles.keys for tiles in tried.kv_outer_backward} == {base.kv_outer_backward.keys}
+    assert 9 <= min(map(len, measure.candidates(SHAPE))) <= max(map(len, measure.candidates(SHAPE))) <= 13
+
+
+class FakeProblem:
+    """Launches that take as long as `cost` says, and whose output is `value`, unless `broken` says otherwise."""
+
+    def __init__(self, cost, broken=None):
+        self.cost, self.broken, self.last = cost, broken or {}, 0.0
+
+    def kv_outer_forward(self, tiles):
+        return self.run("kv_outer_forward", tiles)
+
+    def kv_outer_backward(self, tiles):
+        return self.run("kv_outer_backward", tiles)
+
+    def query_outer(self, tiles):
+        return self.run("query_outer", tiles)
+
+    def forward(self, loop_order, tiles):
+        self.last = self.cost("forward", loop_order, tiles)
+
+    def backward(self, loop_order, tiles):
+        self.last = self.cost("backward", loop_order, tiles)
+
+    def run(self, kernel, tiles):
+        found = self.broken.get((kernel, tiles), 1.0)
+        if isinstance(found, Exception):
+            raise found
+        self.last = self.cost("search", kernel, tiles)
+        return torch.tensor([found, 2.0]), torch.tensor([0.0])
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Runs `tune` with launches and times that are fakes; returns the entry and its steps."""
+
+    def run(cost, broken=None, seconds=60.0, clock=lambda: 0.0):
+        problem = FakeProblem(cost, broken)
+        monkeypatch.setattr(measure.Problem, "random", lambda *arguments: problem)
+        monkeypatch.setattr(measure, "time_ms", lambda launch: (launch(), problem.last)[1])
+        monkeypatch.setattr(measure.time, "monotonic", clock)
+        steps = []
+        return measure.tune(SHAPE, device="cpu", seconds=seconds, progress=steps.append), steps
+
+    return run
+
+
+def constant(direction, kernel, tiles):
+    return 1.0
+
+
+def wanting(wanted, saves=0.5):
+    """Costs 1 ms, less for these tiles."""
+    return lambda direction, kernel, tiles: saves if tiles in wanted else 1.0
+
+
+def test_the_fastest_tiles_are_found(fake):
+    tried = measure.candidates(SHAPE)
+    wanted = SelectedTiles(tried.kv_outer_forward[3], tried.kv_outer_backward[-1], tried.query_outer[0])
+    found, steps = fake(wanting([wanted.kv_outer_forward, wanted.kv_outer_backward]))
+    assert found.tiles == wanted
+    assert (found.device, found.shape) == ("cpu", SHAPE)
+    assert [step.kernel for step in steps] == [name for name in measure.KERNELS for _ in getattr(tried, name)]
+    assert [step.number for step in steps if step.kernel == "query_outer"] == [
+        i + 1 for i in range(len(tried.query_outer))
+    ]
+    store(found)
+    assert tiles_of(SHAPE, "cpu") == wanted
+
+
+def test_noise_does_not_choose(fake):
+    tried = measure.candidates(SHAPE)
+    found, _ = fake(wanting([tried.kv_outer_forward[2]], saves=0.99))
+    assert found.tiles == built_in_tiles(SHAPE)
+
+
+@pytest.mark.parametrize(("forward", "backward", "wanted"), [(2, -3, "kv_outer"), (3, -2, "query_outer")])
+def test_one_loop_order_for_both_passes(fake, forward, backward, wanted):
+    """The one whose passes take less time together: the query-outer order saves in one, and loses in the other."""
+
+    def cost(direction, loop_order, tiles):
+        if loop_order != "query_outer" or direction == "search":
+            return 10.0
+        return 10.0 - (forward if direction == "forward" else backward)
+
+    found, _ = fake(cost)
+    assert found.loop_order == wanted
+    assert found.ms["query_outer"] == {"forward": 10.0 - forward, "backward": 10.0 - backward}
+    assert found.ms["kv_outer"] == found.ms["built_in"] == {"forward": 10.0, "backward": 10.0}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "problem"),
+    [
+        (RuntimeError("out of resource: shared memory\nmore"), "RuntimeError: out of resource: shared memory"),
+        (1.1, "differs from the built-in tiles by 5.0e-02 of the largest value"),
+        (float("nan"), "differs from the built-in tiles by nan of the largest value"),
+        (float("inf"), "differs from the built-in tiles by inf of the largest value"),
+    ],
+)
+def test_a_bad_candidate_is_left_out(fake, outcome, problem):
+    tried = measure.candidates(SHAPE).kv_outer_backward
+    found, steps = fake(wanting([tried[1]]), {("kv_outer_backward", tried[1]): outcome})
+    assert found.tiles == built_in_tiles(SHAPE)
+    assert [step for step in steps if step.ms is None] == [
+        measure.Step("kv_outer_backward", 2, len(tried), tried[1], None, problem)
+    ]
+
+
+def test_rounding_is_allowed(fake):
+    tried = measure.candidates(SHAPE).query_outer
+    found, _ = fake(wanting([tried[1]]), {("query_outer", tried[1]): 1.01})
+    assert found.tiles.query_outer == tried[1]
+
+
+def test_the_time_is_shared_among_the_kernels(fake):
+    """A clock that moves by a second with every look: of 12 seconds each kernel has four."""
+    ticks = iter(range(1000))
+    _, steps = fake(constant, seconds=12.0, clock=lambda: float(next(ticks)))
+    tried = {name: max(step.number for step in steps if step.kernel == name) for name in measure.KERNELS}
+    assert tried == {"kv_outer_forward": 4, "kv_outer_backward": 4, "query_outer": 4}
+
+
+def test_without_time_the_built_in_tiles_are_compared(fake):
+    found, steps = fake(constant, seconds=0.0, clock=lambda: 1.0)
+    assert found.tiles == built_in_tiles(SHAPE)
+    assert len(steps) == 3
+    assert found.ms.keys() == {"kv_outer", "query_outer", "built_in"}
+
+
+def test_the_layout_must_fit():
+    with pytest.raises(ValueError, match="layout must be of the N=8192 tokens of the shape, got 100"):
+        measure.tune(SHAPE, SequenceLayout.uniform(1, 100), "cpu")
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 7])
+def test_random_selections_are_eligible(slots):
+    shape = SHAPE._replace(total_tokens=300, slots=slots, block_size=16)
+    layout = SequenceLayout.from_lengths([33, 0, 267])
+    selection = measure.random_selection(shape, layout, torch.Generator().manual_seed(0))
+    assert (selection.shape, selection.dtype) == ((300, 8, slots), torch.int32)
+    own = (layout.positions() // 16)[:, None]
+    assert (selection <= own[..., None]).all()
+    assert (selection[..., 0] == 0).all()
+    for slot in range(1, min(slots, 3)):
+        assert (selection[..., slot] == own - (slot - 1)).all()
+    if slots > 3:
+        assert selection[..., 3:].min() == 0
+        assert selection[..., 3:].max() > 8
+
+
+def test_tiles_are_hashable_and_frozen():
+    assert len({TILES, dataclasses.replace(TILES)}) == 1
