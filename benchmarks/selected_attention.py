@@ -198,11 +198,13 @@ def main() -> None:
     """Measures every shape and writes the results as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--only", type=int, nargs="*", help="numbers of shapes, from 0")
+    sizes = "tokens,heads,kv_heads,head_dim,block_size,slots"
+    parser.add_argument("--shapes", nargs="*", help=f"other shapes, each as {sizes}")
+    parser.add_argument("--name", default="selected_attention", help="name of the file, without .json")
     parser.add_argument("--commit", default=commit(), help="what is measured, where there is no repository")
-    parser.add_argument("--output", type=Path, help="folder for selected_attention.json")
+    parser.add_argument("--output", type=Path, help="folder for the file")
     arguments = parser.parse_args()
-    chosen = SHAPES if arguments.only is None else [SHAPES[i] for i in arguments.only]
+    chosen = SHAPES if arguments.shapes is None else [tuple(map(int, shape.split(","))) for shape in arguments.shapes]
     report = {
         "command": "python benchmarks/selected_attention.py " + " ".join(sys.argv[1:]),
         "date": date.today().isoformat(),
@@ -218,7 +220,7 @@ def main() -> None:
     }
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "selected_attention.json").write_text(json.dumps(report, indent=2) + "\n")
+        (arguments.output / f"{arguments.name}.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 def commit() -> str:
