@@ -4,7 +4,7 @@
 
 For each shape it first checks the output and the gradients of both loop orders against float64 on a sample of rows,
 then times forward and backward of either order and of torch's full causal attention with the cuDNN back end, in turn,
-by CUDA events: the median of the repeats after a warm-up. Before each run 2 GiB are written, so that no cache holds its
+by CUDA events: the median of the repeats after a warm-up. Before each run 4 GiB are written, so that no cache holds its
 inputs and its launches are queued when it begins: the times are the GPU's. The forward pass includes building the
 inverted index, the backward pass takes the one that was kept. Block indices are random: block 0 and the two newest
 blocks forced, the rest drawn from all blocks before the query.
@@ -103,7 +103,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, block_size: int) -> 
 def milliseconds(run: Callable[[], object], flush: Tensor) -> float:
     """CUDA-event time of a run."""
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(2):
+    for _ in range(4):
         flush.zero_()
     start.record()
     run()

@@ -15,6 +15,7 @@ from .selected_query_outer import launch_selected_dq_query_outer, launch_selecte
 from .tuning import SelectedShape, loop_order_of, tiles_of
 
 MAX_PAIRS = 2**31
+PARTIAL_SHARE = 0.6  # of the workspace
 
 
 def selected_attention(
@@ -129,8 +130,10 @@ def chunks_of(shape: SelectedShape, block_indices: Tensor, cu_seqlens: Tensor, w
     """How both passes cut the work; the same, so that they can share an index."""
     parts = triton.cdiv(shape.block_size, tiles_of(shape).kv_outer_backward.keys)
     row_bytes = max(shape.dim_v * shape.dtype.itemsize + 4, shape.dim_k * shape.dtype.itemsize * parts)
+    # The backward pass also keeps dK and dV of the segments, and their sums where tokens are cut.
+    partial_bytes = int(PARTIAL_SHARE * (workspace_mib << 20))
     num_sequences = cu_seqlens.numel() - 1
-    return Chunks.fit(block_indices, num_sequences, shape.block_size, shape.group * row_bytes, workspace_mib << 20)
+    return Chunks.fit(block_indices, num_sequences, shape.block_size, shape.group * row_bytes, partial_bytes)
 
 
 def _index(
