@@ -39,7 +39,7 @@ MAX_RUNS, MIN_RUNS, COUNTERS = 1024, 64, 1 << 23
 COUNT_ENTRIES = 1024
 SCATTER_ENTRIES = 64
 SEGMENT_BUCKETS = 128
-SEGMENT_FIELDS = 4
+SEGMENT_FIELDS = 5
 
 
 @dataclass(frozen=True)
@@ -145,17 +145,19 @@ class InvertedIndex:
         """Cuts the buckets of every chunk into segments of at most `segment_pairs` pairs."""
         chunks = self.chunks
         flat = chunks.head_chunks * chunks.token_chunks * chunks.buckets
-        counts = torch.empty(flat, dtype=torch.int32, device=self.pairs.device)
+        counts = torch.empty((2, flat), dtype=torch.int32, device=self.pairs.device)
         sizes = (flat, chunks.buckets, chunks.head_chunks, chunks.token_chunks, chunks.runs, segment_pairs)
         grid = (triton.cdiv(flat, SEGMENT_BUCKETS),)
         _count_segments_kernel[grid](self.run_ends, counts, *sizes, SEGMENT_BUCKETS)
-        ends = torch.cumsum(counts, 0, dtype=torch.int32)
+        ends = torch.cumsum(counts, 1, dtype=torch.int32)
         # In any chunk a bucket has a segment that is not full at most once.
         most = self.pairs.numel() // segment_pairs + min(flat, self.pairs.numel())
         table = torch.empty((most, SEGMENT_FIELDS), dtype=torch.int32, device=self.pairs.device)
         _fill_segments_kernel[grid](self.run_ends, ends, table, *sizes, SEGMENT_FIELDS, SEGMENT_BUCKETS)
         most_of_chunk = chunks.pairs // segment_pairs + min(chunks.buckets, chunks.pairs)
-        return Segments(table, ends, most_of_chunk, segment_pairs)
+        # A bucket that is cut has more than one segment's pairs, and not half as many again segments as these fill.
+        most_tiles = max(1, min(most_of_chunk, 2 * (chunks.pairs // segment_pairs)))
+        return Segments(table, ends, most_of_chunk, most_tiles, segment_pairs)
 
 
 @dataclass(frozen=True)
@@ -163,15 +165,19 @@ class Segments:
     """The segments of all chunks, chunk after chunk.
 
     Attributes:
-        table: first pair, first pair of the chunk, pairs, bucket (of all); int32 `[S, 4]`.
-        ends: one past the last segment of each (chunk, bucket of the chunk), int32.
+        table: first pair, first pair of the chunk, pairs, bucket (of all), and the number of the segment among those of
+            the chunk whose buckets are cut, -1 where it is alone in its bucket; int32 `[S, 5]`.
+        ends: one past the last segment of each (chunk, bucket of the chunk), and the same counting only the segments of
+            buckets that are cut, int32 `[2, ...]`.
         most_of_chunk: upper bound of the segments of a chunk, which is the grid of its main kernel.
+        most_tiles: upper bound of the segments of a chunk whose buckets are cut.
         segment_pairs: pairs of a segment at most.
     """
 
     table: Tensor
     ends: Tensor
     most_of_chunk: int
+    most_tiles: int
     segment_pairs: int
 
 
@@ -385,13 +391,15 @@ def _count_segments_kernel(
     """Counts the segments of each (chunk, bucket of the chunk).
 
     Grid: (tile of them,).
-    Owns: their counts.
+    Owns: their counts, of all segments and of those of buckets that are cut.
     Invariant: no loop.
     """
     flat = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = flat < num_flat
     _, begin, end, _ = chunk_pairs(flat, run_end_ptr, buckets, head_chunks, token_chunks, runs, mask)
-    tl.store(count_ptr + flat, (end - begin + segment_pairs - 1) // segment_pairs, mask=mask)
+    count = (end - begin + segment_pairs - 1) // segment_pairs
+    tl.store(count_ptr + flat, count, mask=mask)
+    tl.store(count_ptr + num_flat + flat, tl.where(count > 1, count, 0), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_flat", "buckets", "head_chunks", "token_chunks", "runs", "segment_pairs"])
@@ -419,6 +427,9 @@ def _fill_segments_kernel(
     bucket, begin, end, first_of_chunk = chunk_pairs(flat, run_end_ptr, buckets, head_chunks, token_chunks, runs, mask)
     count = (end - begin + segment_pairs - 1) // segment_pairs
     first = tl.load(segment_end_ptr + flat, mask=mask, other=0) - count
+    first_tile = tl.load(segment_end_ptr + num_flat + flat, mask=mask, other=0) - count
+    before = flat // buckets * buckets - 1
+    first_tile -= tl.load(segment_end_ptr + num_flat + before, mask=mask & (before >= 0), other=0)
     for i in range(0, tl.max(count, 0)):
         row = table_ptr + (first + i).to(tl.int64) * FIELDS
         here = mask & (i < count)
@@ -427,3 +438,4 @@ def _fill_segments_kernel(
         tl.store(row + 1, first_of_chunk, mask=here)
         tl.store(row + 2, tl.minimum(end - pair, segment_pairs), mask=here)
         tl.store(row + 3, bucket, mask=here)
+        tl.store(row + 4, tl.where(count > 1, first_tile + i, -1), mask=here)

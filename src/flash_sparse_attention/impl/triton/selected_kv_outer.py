@@ -66,15 +66,16 @@ def launch_selected_fwd_kv_outer(
 
 @triton.jit
 def _segment(table_ptr, ends_ptr, first_flat, buckets, FIELDS: tl.constexpr):
-    """First pair (of all, and of the chunk), pairs and bucket of the segment of this program; it may have no pairs."""
+    """First pair (of all, and of the chunk), pairs, bucket and tile of this program's segment; it may have no pairs."""
     segment = tl.program_id(0) + tl.load(ends_ptr + first_flat - 1, mask=first_flat > 0, other=0)
     exists = segment < tl.load(ends_ptr + first_flat + buckets - 1)
-    row = table_ptr + segment.to(tl.int64) * FIELDS
+    row = table_ptr + segment.to(tl.int64) * FIELDS  # [5]: see Segments
     first_pair = tl.load(row, mask=exists, other=0)
     in_chunk = first_pair - tl.load(row + 1, mask=exists, other=0)
     pairs = tl.load(row + 2, mask=exists, other=0)
     bucket = tl.load(row + 3, mask=exists, other=0)
-    return first_pair, in_chunk, pairs, bucket
+    tile = tl.load(row + 4, mask=exists, other=0)
+    return first_pair, in_chunk, pairs, bucket, tile
 
 
 @triton.jit
@@ -161,7 +162,7 @@ def _selected_fwd_kv_outer_kernel(
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     PADDED_K: tl.constexpr = padded_dim(DIM_K)
     PADDED_V: tl.constexpr = padded_dim(DIM_V)
-    first_pair, in_chunk, pairs, bucket = _segment(segments_ptr, segment_ends_ptr, first_flat, buckets, FIELDS)
+    first_pair, in_chunk, pairs, bucket = _segment(segments_ptr, segment_ends_ptr, first_flat, buckets, FIELDS)[:4]
     if pairs == 0:
         return
     head = bucket // num_blocks
@@ -237,29 +238,28 @@ def launch_selected_bwd_kv_outer(
     segments = index.segments(tiles.segment_pairs)
     partial = q.new_empty(chunks.pairs * group * parts if dq is not None else 1, dim_k)
     wide: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
-    dk_tiles = torch.empty(segments.most_of_chunk, parts * tiles.keys, dim_k, **wide)
-    dv_tiles = torch.empty(segments.most_of_chunk, parts * tiles.keys, dim_v, **wide)
+    dk_tiles = torch.empty(segments.most_tiles, parts * tiles.keys, dim_k, **wide)
+    dv_tiles = torch.empty(segments.most_tiles, parts * tiles.keys, dim_v, **wide)
     # Chunks of tokens add up in float32.
     many = chunks.token_chunks > 1
     dk_sum = torch.empty((total_tokens, chunks.heads, dim_k) if many else (1,), **wide)
     dv_sum = torch.empty((total_tokens, chunks.heads, dim_v) if many else (1,), **wide)
     for number, first_head, first_token, tokens in chunks:
-        common = cu_seqlens.numel() - 1, chunks.num_blocks, number * chunks.buckets, chunks.buckets
-        _selected_bwd_kv_outer_kernel[(segments.most_of_chunk, parts)](
-            q, k, v, d_out, lse, delta, partial, dk_tiles, dv_tiles,
-            index.pairs, segments.table, segments.ends, cu_seqlens,
-            *common, softmax_scale, q.stride(0), k.stride(0), v.stride(0), d_out.stride(0),
-            num_heads, group, dim_k, dim_v, block_size, dq is not None, tiles.rows, tiles.keys, tiles.stages,
-            num_warps=tiles.warps, maxnreg=tiles.registers,
-        )  # fmt: skip
         last = int(first_token + tokens == total_tokens)
+        common = cu_seqlens.numel() - 1, chunks.num_blocks, number * chunks.buckets, chunks.buckets
+        share = first_head, chunks.heads, int(first_token > 0), last
+        _selected_bwd_kv_outer_kernel[(segments.most_of_chunk, parts)](
+            q, k, v, d_out, lse, delta, partial, dk_tiles, dv_tiles, dk_sum, dv_sum, dk, dv,
+            index.pairs, segments.table, segments.ends, cu_seqlens, *common, *share, softmax_scale,
+            q.stride(0), k.stride(0), v.stride(0), d_out.stride(0), num_heads, group, dim_k, dim_v, block_size,
+            dq is not None, tiles.rows, tiles.keys, tiles.stages, num_warps=tiles.warps, maxnreg=tiles.registers,
+        )  # fmt: skip
         for tiles_f32, total, grad, dim, scale in (
             (dk_tiles, dk_sum, dk, dim_k, softmax_scale),
             (dv_tiles, dv_sum, dv, dim_v, 1.0),
         ):
             _sum_segments_kernel[(chunks.buckets, triton.cdiv(block_size, SUM_KEYS))](
-                tiles_f32, total, grad, segments.ends, cu_seqlens, *common,
-                first_head, chunks.heads, int(first_token > 0), last, scale,
+                tiles_f32, total, grad, segments.ends, cu_seqlens, *common, *share, segments.ends.shape[1], scale,
                 num_kv_heads, dim, block_size, parts * tiles.keys, SUM_KEYS,
             )  # fmt: skip
         if dq is not None:
@@ -270,7 +270,11 @@ def launch_selected_bwd_kv_outer(
 SUM_KEYS = 16
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_blocks", "first_flat", "buckets"])
+@triton.jit(
+    do_not_specialize=[
+        "num_sequences", "num_blocks", "first_flat", "buckets", "first_head", "chunk_heads", "add", "last"
+    ]
+)  # fmt: skip
 def _selected_bwd_kv_outer_kernel(
     q_ptr,
     k_ptr,
@@ -279,6 +283,10 @@ def _selected_bwd_kv_outer_kernel(
     lse_ptr,
     delta_ptr,
     partial_ptr,
+    dk_tiles_ptr,
+    dv_tiles_ptr,
+    dk_sum_ptr,
+    dv_sum_ptr,
     dk_ptr,
     dv_ptr,
     pairs_ptr,
@@ -289,6 +297,10 @@ def _selected_bwd_kv_outer_kernel(
     num_blocks,
     first_flat,
     buckets,
+    first_head,
+    chunk_heads,
+    add,
+    last,
     scale,
     STRIDE_Q: tl.constexpr,
     STRIDE_K: tl.constexpr,
@@ -307,13 +319,15 @@ def _selected_bwd_kv_outer_kernel(
     """dK and dV of a segment, and dQ of each (token, head, slot) before `softmax_scale`.
 
     Grid: (segment of the chunk, part of its block); programs beyond the last segment leave.
-    Owns: tile [segment, part] of dk and dv, and the partial dQ of its pairs, by plain stores.
+    Owns: by plain stores, the partial dQ of its pairs, and its tile of dk and dv; or, if it is alone in its bucket, the
+        gradients of the keys.
     Invariant: after n steps, dk and dv are the sums over the first n tiles of rows.
     """
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     PADDED_K: tl.constexpr = padded_dim(DIM_K)
+    HEADS: tl.constexpr = NUM_HEADS // GROUP
     PADDED_V: tl.constexpr = padded_dim(DIM_V)
-    first_pair, in_chunk, pairs, bucket = _segment(segments_ptr, segment_ends_ptr, first_flat, buckets, FIELDS)
+    first_pair, in_chunk, pairs, bucket, tile = _segment(segments_ptr, segment_ends_ptr, first_flat, buckets, FIELDS)
     if pairs == 0:
         return
     part = tl.program_id(1)
@@ -354,15 +368,35 @@ def _selected_bwd_kv_outer_kernel(
         if WITH_DQ:
             dq = tl.dot(ds, k, input_precision="ieee")  # [ROWS, DK]
             store_rows(partial_ptr, row.to(tl.int64) * (parts * DIM_K), mask, dq, DIM_K, PADDED_K)
-    tile = (tl.program_id(0).to(tl.int64) * parts + part) * KEYS + tl.arange(0, KEYS)
-    everywhere = tl.arange(0, KEYS) >= 0
-    store_rows(dk_ptr, tile * DIM_K, everywhere, dk, DIM_K, PADDED_K)
-    store_rows(dv_ptr, tile * DIM_V, everywhere, dv, DIM_V, PADDED_V)
+    if tile >= 0:
+        rows = (tile.to(tl.int64) * parts + part) * KEYS + tl.arange(0, KEYS)
+        everywhere = tl.arange(0, KEYS) >= 0
+        store_rows(dk_tiles_ptr, rows * DIM_K, everywhere, dk, DIM_K, PADDED_K)
+        store_rows(dv_tiles_ptr, rows * DIM_V, everywhere, dv, DIM_V, PADDED_V)
+    else:
+        _add_up(dk, dk_sum_ptr, dk_ptr, key, mask_keys, head, first_head, chunk_heads, add, last, scale, HEADS, DIM_K)
+        _add_up(dv, dv_sum_ptr, dv_ptr, key, mask_keys, head, first_head, chunk_heads, add, last, 1.0, HEADS, DIM_V)
+
+
+@triton.jit
+def _add_up(
+    total, sum_ptr, grad_ptr, key, mask, head, first_head, chunk_heads, add, last, scale,
+    HEADS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Adds what the chunks of tokens before have of the keys, and stores the sum, or after the last the gradient."""
+    PADDED: tl.constexpr = padded_dim(DIM)
+    sum_rows = (key.to(tl.int64) * chunk_heads + head - first_head) * DIM
+    total += load_rows(sum_ptr, sum_rows, mask & (add != 0), DIM, PADDED)
+    if last != 0:
+        store_rows(grad_ptr, (key.to(tl.int64) * HEADS + head) * DIM, mask, total * scale, DIM, PADDED)
+    else:
+        store_rows(sum_ptr, sum_rows, mask, total, DIM, PADDED)
 
 
 @triton.jit(
     do_not_specialize=[
-        "num_sequences", "num_blocks", "first_flat", "buckets", "first_head", "chunk_heads", "add", "last"
+        "num_sequences", "num_blocks", "first_flat", "buckets", "first_head", "chunk_heads", "add", "last",
+        "num_flat",
     ]
 )  # fmt: skip
 def _sum_segments_kernel(
@@ -379,6 +413,7 @@ def _sum_segments_kernel(
     chunk_heads,
     add,
     last,
+    num_flat,
     scale,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -386,7 +421,7 @@ def _sum_segments_kernel(
     TILE_KEYS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Sums the tiles of a bucket's segments, and over the chunks of tokens: `add` to those before, until the `last`.
+    """Sums the tiles of a bucket's segments, if it has several, or none; a lone one adds up by itself.
 
     Grid: (bucket of the chunk, tile of the keys of its block).
     Owns: grad at its keys, and their float32 sum while chunks remain, by plain stores.
@@ -394,25 +429,22 @@ def _sum_segments_kernel(
     """
     PADDED: tl.constexpr = padded_dim(DIM)
     bucket = tl.program_id(0)
+    before = first_flat + bucket - 1
+    segments = tl.load(segment_ends_ptr + before + 1)
+    segments -= tl.load(segment_ends_ptr + before, mask=before >= 0, other=0)
+    if segments == 1:
+        return
     block_start, key_end = block_bounds(bucket % num_blocks, cu_seqlens_ptr, num_sequences, BLOCK_SIZE)
     in_block = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
     key = block_start + in_block
     mask = (in_block < BLOCK_SIZE) & (key < key_end)
-    before = first_flat + bucket - 1
-    first = tl.load(segment_ends_ptr + first_flat - 1, mask=first_flat > 0, other=0)
-    begin = tl.load(segment_ends_ptr + before, mask=before >= 0, other=0)
-    end = tl.load(segment_ends_ptr + before + 1)
-    head = bucket // num_blocks
-    sum_rows = (key.to(tl.int64) * chunk_heads + head) * DIM
-    total = load_rows(sum_ptr, sum_rows, mask & (add != 0), DIM, PADDED)
-    for segment in range(begin, end):
-        tile = (segment - first).to(tl.int64) * TILE_KEYS + in_block
-        total += load_rows(tiles_ptr, tile * DIM, mask, DIM, PADDED)
-    if last != 0:
-        grad_rows = (key.to(tl.int64) * HEADS + first_head + head) * DIM
-        store_rows(grad_ptr, grad_rows, mask, total * scale, DIM, PADDED)
-    else:
-        store_rows(sum_ptr, sum_rows, mask, total, DIM, PADDED)
+    tile_ends_ptr = segment_ends_ptr + num_flat
+    end = tl.load(tile_ends_ptr + before + 1) - tl.load(tile_ends_ptr + first_flat - 1, mask=first_flat > 0, other=0)
+    total = tl.zeros([KEYS, PADDED], tl.float32)
+    for tile in range(end - segments, end):
+        total += load_rows(tiles_ptr, (tile.to(tl.int64) * TILE_KEYS + in_block) * DIM, mask, DIM, PADDED)
+    head = first_head + bucket // num_blocks
+    _add_up(total, sum_ptr, grad_ptr, key, mask, head, first_head, chunk_heads, add, last, scale, HEADS, DIM)
 
 
 FIELDS: tl.constexpr = tl.constexpr(SEGMENT_FIELDS)

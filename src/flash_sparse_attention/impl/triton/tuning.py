@@ -244,8 +244,9 @@ def built_in_tiles(shape: SelectedShape) -> SelectedTiles:
         forward = KvOuterTiles(64, 128, max(1, 2048 // group), 4, 2)
     elif block > 128:
         forward = KvOuterTiles(64, 64, max(1, 2048 // group), 4, 1)
-    # Backward: 9.86 so; 1 stage 10.9, 3 stages 15.7; 32 rows 10.8; 8 warps 13.6; rows of a segment 4,096: 9.83, but
-    # 0.46 more for the sum over the segments. At 8,192 tokens 8,192 rows of a segment: 1.64, 4,096: 1.27.
+    # Backward, with the sum over segments: 10.12 so; rows of a segment 4,096: 10.57, 2,048: 11.55. Main kernel alone: 9.5
+    # to 9.9 so, 1 stage 10.9, 3 stages 15.7, 32 rows 10.8, 8 warps 13.6. At 8,192 tokens 4,096 rows: 1.26, 2,048: 1.21,
+    # 8,192: 1.57.
     segment_rows = 8192 if rows >= 1 << 24 and block <= 64 else 4096
     backward = KvOuterTiles(64, min(64, block), max(1, segment_rows // group), 4, 2)
     return SelectedTiles(forward, backward, QueryOuterTiles(min(64, block), 2, 2))
