@@ -317,7 +317,7 @@ def selected_attention(
         loop_order: schedule of the kernels: `kv_outer` (FSA: blocks in the outer loop, the queries that selected one in
             the inner loop), `query_outer` (NSA: the reverse), or `auto`, which takes what is faster for the shape.
         workspace_mib: what the Triton kernels keep of partial results at a time, MiB; less costs time. From a few
-            hundred thousand tokens on the backward pass needs more, about 2 KiB a token. Others ignore it.
+            hundred thousand tokens on the backward pass needs more, about 1 KiB a token. Others ignore it.
         save_index: whether the Triton kernels keep their inverted index of the selection for the backward pass, about
             10 bytes an entry of `block_indices`, or build it again. Others ignore it.
 

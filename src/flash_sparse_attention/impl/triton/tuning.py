@@ -207,10 +207,10 @@ def _choice_of(shape: SelectedShape, device: str) -> Choice:
 
 # Heads of a group from which the query-outer order is the faster one. It reads each block once for every token and kv
 # head, whatever the group, and pads groups to 16 rows; KV-outer's traffic grows with the query heads. An H200 took, ms
-# forward + backward, 65,536 tokens, heads of 128, T = 16 (KV-outer | query-outer): G = 1 (4/4 heads) 1.4 + 1.8 | 17.0 +
-# 18.4; G = 4 (32/8) 8.0 + 13.8 | 33.6 + 40.4; G = 8 (32/4) 8.0 + 13.8 | 17.1 + 24.3; G = 16 (64/4) 14.8 + 30.6 | 17.2 +
-# 30.2; G = 32 (64/2) 14.7 + 29.3 | 11.5 + 26.0; G = 64 (64/1) 15.3 + 32.3 | 9.7 + 32.1. At 4,096 tokens as well: G = 16
-# 0.84 + 1.58 | 1.02 + 1.78; G = 32 0.84 + 1.57 | 0.71 + 1.57.
+# forward + backward, 65,536 tokens, heads of 128, T = 16 (KV-outer | query-outer): G = 1 (4/4 heads) 1.2 + 1.7 | 17.2 +
+# 18.0; G = 4 (32/8) 7.9 + 13.6 | 34.6 + 40.2; G = 8 (32/4) 7.8 + 14.7 | 17.1 + 24.1; G = 16 (64/4) 14.8 + 28.8 | 16.7 +
+# 30.6; G = 32 (64/2) 14.8 + 32.5 | 11.3 + 26.9; G = 64 (64/1) 15.2 + 37.1 | 9.4 + 36.9. At 4,096 tokens as well: G = 16
+# 0.80 + 1.50 | 1.02 + 1.79; G = 32 0.82 + 1.54 | 0.71 + 1.50.
 QUERY_OUTER_FROM_GROUP = 32
 
 
@@ -244,9 +244,9 @@ def built_in_tiles(shape: SelectedShape) -> SelectedTiles:
         forward = KvOuterTiles(64, 128, max(1, 2048 // group), 4, 2)
     elif block > 128:
         forward = KvOuterTiles(64, 64, max(1, 2048 // group), 4, 1)
-    # Backward, with the sum over segments: 10.12 so; rows of a segment 4,096: 10.57, 2,048: 11.55. Main kernel alone: 9.5
-    # to 9.9 so, 1 stage 10.9, 3 stages 15.7, 32 rows 10.8, 8 warps 13.6. At 8,192 tokens 4,096 rows: 1.26, 2,048: 1.21,
-    # 8,192: 1.57.
+    # Backward, main kernel and sum over segments: 10.12 so; rows of a segment 4,096: 10.57, 2,048: 11.55. Main kernel
+    # alone: 9.5 to 9.9 so, 1 stage 10.9, 3 stages 15.7, 32 rows 10.8, 8 warps 13.6. At 8,192 tokens, both: 4,096 rows
+    # 1.26, 2,048: 1.21, 8,192: 1.57.
     segment_rows = 8192 if rows >= 1 << 24 and block <= 64 else 4096
     backward = KvOuterTiles(64, min(64, block), max(1, segment_rows // group), 4, 2)
     return SelectedTiles(forward, backward, QueryOuterTiles(min(64, block), 2, 2))
