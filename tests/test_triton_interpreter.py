@@ -117,12 +117,26 @@ def test_index_against_counting_one_by_one(lengths: tuple[int, ...], workspace: 
     assert [int(index.place[at]) for at in flat] == list(range(len(flat)))
 
     segments = index.segments(7)
-    table = segments.table[: int(segments.ends[-1])].tolist()
-    covered = sorted(pair for first, _, count, _ in table for pair in range(first, first + count))
+    ends, cut_ends = segments.ends
+    table = segments.table[: int(ends[-1])].tolist()
+    covered = sorted(pair for first, _, count, _, _ in table for pair in range(first, first + count))
     assert covered == list(range(len(flat)))
-    assert all(0 < count <= 7 for _, _, count, _ in table)
-    per_chunk = segments.ends.view(-1, chunks.buckets)[:, -1].diff(prepend=torch.zeros(1, dtype=torch.int32))
-    assert int(per_chunk.max()) <= segments.most_of_chunk
+    assert all(0 < count <= 7 for _, _, count, _, _ in table)
+    begin = 0
+    for chunk_ends, chunk_cut_ends in zip(
+        ends.view(-1, chunks.buckets), cut_ends.view(-1, chunks.buckets), strict=True
+    ):
+        rows = table[begin : int(chunk_ends[-1])]
+        begin = int(chunk_ends[-1])
+        assert len(rows) <= segments.most_of_chunk
+        assert len({first for _, first, _, _, _ in rows}) <= 1
+        # Segments of buckets that are cut are numbered; the others are alone in theirs.
+        buckets = [bucket for _, _, _, bucket, _ in rows]
+        tiles = [tile for _, _, _, bucket, tile in rows if buckets.count(bucket) > 1]
+        assert tiles == list(range(len(tiles)))
+        assert len(tiles) <= segments.most_tiles
+        assert all(tile == -1 for _, _, _, bucket, tile in rows if buckets.count(bucket) == 1)
+        assert int(chunk_cut_ends[-1]) >= len(tiles)
 
 
 @pytest.mark.parametrize("loop_order", ["kv_outer", "query_outer"])
