@@ -441,7 +441,7 @@ def _sum_segments_kernel(
     tile_ends_ptr = segment_ends_ptr + num_flat
     end = tl.load(tile_ends_ptr + before + 1) - tl.load(tile_ends_ptr + first_flat - 1, mask=first_flat > 0, other=0)
     total = tl.zeros([KEYS, PADDED], tl.float32)
-    for tile in range(end - segments, end):
+    for tile in tl.range(end - segments, end):
         total += load_rows(tiles_ptr, (tile.to(tl.int64) * TILE_KEYS + in_block) * DIM, mask, DIM, PADDED)
     head = first_head + bucket // num_blocks
     _add_up(total, sum_ptr, grad_ptr, key, mask, head, first_head, chunk_heads, add, last, scale, HEADS, DIM)
