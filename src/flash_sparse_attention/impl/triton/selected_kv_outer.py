@@ -33,6 +33,14 @@ from .primitives import (
 from .tuning import KvOuterTiles
 
 
+def launch_options(tiles: KvOuterTiles) -> dict[str, int]:
+    """Warps, and the bound of registers where there is one and the device knows such a bound."""
+    options = {"num_warps": tiles.warps}
+    if tiles.registers is not None and torch.version.hip is None:
+        options["maxnreg"] = tiles.registers
+    return options
+
+
 def launch_selected_fwd_kv_outer(
     q: Tensor,
     k: Tensor,
@@ -58,7 +66,7 @@ def launch_selected_fwd_kv_outer(
             cu_seqlens.numel() - 1, chunks.num_blocks, number * chunks.buckets, chunks.buckets,
             softmax_scale, q.stride(0), k.stride(0), v.stride(0), group, dim_k, dim_v, block_size,
             tiles.rows, tiles.keys, tiles.stages,
-            num_warps=tiles.warps, maxnreg=tiles.registers,
+            **launch_options(tiles),
         )  # fmt: skip
         launch_merge(partial, partial_lse, index, out, lse, 1.0, first_head, first_token, tokens)
     return out, lse
@@ -252,7 +260,7 @@ def launch_selected_bwd_kv_outer(
             q, k, v, d_out, lse, delta, partial, dk_tiles, dv_tiles, dk_sum, dv_sum, dk, dv,
             index.pairs, segments.table, segments.ends, cu_seqlens, *common, *share, softmax_scale,
             q.stride(0), k.stride(0), v.stride(0), d_out.stride(0), num_heads, group, dim_k, dim_v, block_size,
-            dq is not None, tiles.rows, tiles.keys, tiles.stages, num_warps=tiles.warps, maxnreg=tiles.registers,
+            dq is not None, tiles.rows, tiles.keys, tiles.stages, **launch_options(tiles),
         )  # fmt: skip
         for tiles_f32, total, grad, dim, scale in (
             (dk_tiles, dk_sum, dk, dim_k, softmax_scale),
