@@ -51,7 +51,7 @@ def test_within_budget_over_many_tiles(case: Case, operator: str):
 @pytest.fixture
 def least_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles, batches and chunks of a few tokens, so that every loop goes round many times, and ends in the middle."""
-    sizes = {"QUERY_TILE": 7, "KEY_TILE": 5, "SCORE_TILE": 140, "PARTIAL_SUMS": 1500}
+    sizes = {"QUERY_TILE": 7, "KEY_TILE": 5, "LARGEST_WINDOW_TILE": 0, "SCORE_TILE": 140, "PARTIAL_SUMS": 1500}
     places = [(module, name) for module in (interval, selected) for name in sizes if hasattr(module, name)]
     assert {name for _, name in places} == set(sizes)
     for module, name in places:
@@ -63,6 +63,16 @@ def least_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("num_heads", [2, 6])
 def test_within_budget_where_every_loop_goes_round(num_heads: int, flavour: Any):
     assert_within_budget(Case((61, 0, 1, 30, 2), num_heads, 2, 16, 8, SMALL, torch.float64, flavour))
+
+
+@pytest.mark.parametrize("window_queries", [1, 7])
+@pytest.mark.parametrize("num_heads", [2, 6])
+def test_within_budget_where_windows_take_many_tiles(
+    num_heads: int, window_queries: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(interval, "WINDOW_QUERY_TILE", window_queries)
+    case = Case((61, 0, 1, 30, 2), num_heads, 2, 16, 8, SMALL, torch.float64)
+    assert_within_budget(case, ["interval_attention"])
 
 
 # Memory.
