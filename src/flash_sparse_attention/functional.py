@@ -319,7 +319,7 @@ def selected_attention(
         workspace_mib: what the Triton kernels keep of partial results at a time, MiB; less costs time. From a few
             hundred thousand tokens on the backward pass needs more, about 1 KiB a token. Others ignore it.
         save_index: whether the Triton kernels keep their inverted index of the selection for the backward pass, about
-            10 bytes an entry of `block_indices`, or build it again. Others ignore it.
+            12 bytes an entry of `block_indices`, or build it again. Others ignore it.
 
     Returns:
         As `interval_attention`. A query whose entries are all unused has output 0 and lse -inf.

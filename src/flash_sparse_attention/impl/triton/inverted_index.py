@@ -149,13 +149,14 @@ class InvertedIndex:
         sizes = (flat, chunks.buckets, chunks.head_chunks, chunks.token_chunks, chunks.runs, segment_pairs)
         grid = (triton.cdiv(flat, SEGMENT_BUCKETS),)
         _count_segments_kernel[grid](self.run_ends, counts, *sizes, SEGMENT_BUCKETS)
-        ends = torch.cumsum(counts, 1, dtype=torch.int32)
+        # One sum over both rows: of the second only differences count.
+        ends = torch.cumsum(counts.view(-1), 0, dtype=torch.int32).view(2, flat)
         # In any chunk a bucket has a segment that is not full at most once.
         most = self.pairs.numel() // segment_pairs + min(flat, self.pairs.numel())
         table = torch.empty((most, SEGMENT_FIELDS), dtype=torch.int32, device=self.pairs.device)
         _fill_segments_kernel[grid](self.run_ends, ends, table, *sizes, SEGMENT_FIELDS, SEGMENT_BUCKETS)
         most_of_chunk = chunks.pairs // segment_pairs + min(chunks.buckets, chunks.pairs)
-        # A bucket that is cut has more than one segment's pairs, and not half as many again segments as these fill.
+        # A bucket that is cut fills a segment at least, and has at most one that is not full: twice as many at most.
         most_tiles = max(1, min(most_of_chunk, 2 * (chunks.pairs // segment_pairs)))
         return Segments(table, ends, most_of_chunk, most_tiles, segment_pairs)
 
@@ -168,7 +169,7 @@ class Segments:
         table: first pair, first pair of the chunk, pairs, bucket (of all), and the number of the segment among those of
             the chunk whose buckets are cut, -1 where it is alone in its bucket; int32 `[S, 5]`.
         ends: one past the last segment of each (chunk, bucket of the chunk), and the same counting only the segments of
-            buckets that are cut, int32 `[2, ...]`.
+            buckets that are cut, on top of all segments, int32 `[2, ...]`.
         most_of_chunk: upper bound of the segments of a chunk, which is the grid of its main kernel.
         most_tiles: upper bound of the segments of a chunk whose buckets are cut.
         segment_pairs: pairs of a segment at most.
@@ -429,7 +430,7 @@ def _fill_segments_kernel(
     first = tl.load(segment_end_ptr + flat, mask=mask, other=0) - count
     first_tile = tl.load(segment_end_ptr + num_flat + flat, mask=mask, other=0) - count
     before = flat // buckets * buckets - 1
-    first_tile -= tl.load(segment_end_ptr + num_flat + before, mask=mask & (before >= 0), other=0)
+    first_tile -= tl.load(segment_end_ptr + num_flat + before, mask=mask, other=0)
     for i in range(0, tl.max(count, 0)):
         row = table_ptr + (first + i).to(tl.int64) * FIELDS
         here = mask & (i < count)

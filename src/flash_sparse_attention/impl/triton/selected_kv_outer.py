@@ -447,7 +447,7 @@ def _sum_segments_kernel(
     key = block_start + in_block
     mask = (in_block < BLOCK_SIZE) & (key < key_end)
     tile_ends_ptr = segment_ends_ptr + num_flat
-    end = tl.load(tile_ends_ptr + before + 1) - tl.load(tile_ends_ptr + first_flat - 1, mask=first_flat > 0, other=0)
+    end = tl.load(tile_ends_ptr + before + 1) - tl.load(tile_ends_ptr + first_flat - 1)
     total = tl.zeros([KEYS, PADDED], tl.float32)
     for tile in tl.range(end - segments, end):
         total += load_rows(tiles_ptr, (tile.to(tl.int64) * TILE_KEYS + in_block) * DIM, mask, DIM, PADDED)
