@@ -21,9 +21,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from flash_sparse_attention.impl import triton as kernels
-from flash_sparse_attention.impl.triton import ops
 from flash_sparse_attention.impl.triton.delta import launch_delta
 from flash_sparse_attention.impl.triton.inverted_index import mark_valid
+from flash_sparse_attention.impl.triton.ops import selected as ops
 from flash_sparse_attention.impl.triton.selected_kv_outer import (
     launch_selected_bwd_kv_outer,
     launch_selected_fwd_kv_outer,

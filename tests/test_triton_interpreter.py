@@ -141,7 +141,8 @@ def test_index_against_counting_one_by_one(lengths: tuple[int, ...], workspace: 
 
 @pytest.mark.parametrize("loop_order", ["kv_outer", "query_outer"])
 def test_chunks_segments_and_a_rebuilt_index_change_nothing(loop_order: str, monkeypatch: pytest.MonkeyPatch):
-    from flash_sparse_attention.impl.triton import inverted_index, ops
+    from flash_sparse_attention.impl.triton import inverted_index
+    from flash_sparse_attention.impl.triton.ops import selected as ops
 
     q, k, v = draw(80)
     indices = random_selection(80, 2, 3, 5)
@@ -189,7 +190,7 @@ def test_no_tokens_and_no_valid_entry():
 
 
 def test_operator_contract():
-    from flash_sparse_attention.impl.triton.ops import _selected_attention
+    from flash_sparse_attention.impl.triton.ops.selected import _selected_attention
 
     q, k, v = draw(40)
     indices, bounds = random_selection(40, 2, 3, 4), torch.tensor([0, 25, 40], dtype=torch.int32)

@@ -23,7 +23,7 @@ from ...types import SequenceLayout
 from ...validation import bad
 from .delta import launch_delta
 from .inverted_index import InvertedIndex, build_index, mark_valid
-from .ops import chunks_of
+from .ops.selected import chunks_of
 from .primitives import padded
 from .selected_kv_outer import launch_selected_bwd_kv_outer, launch_selected_fwd_kv_outer
 from .selected_query_outer import launch_selected_dq_query_outer, launch_selected_fwd_query_outer

@@ -6,13 +6,13 @@ import torch
 import triton
 from torch import Tensor
 
-from ...types import AttentionOutput, SequenceLayout
-from ...validation import bad
-from .delta import launch_delta
-from .inverted_index import Chunks, InvertedIndex, build_index, mark_valid
-from .selected_kv_outer import launch_selected_bwd_kv_outer, launch_selected_fwd_kv_outer
-from .selected_query_outer import launch_selected_dq_query_outer, launch_selected_fwd_query_outer
-from .tuning import SelectedShape, loop_order_of, tiles_of
+from ....types import AttentionOutput, SequenceLayout
+from ....validation import bad
+from ..delta import launch_delta
+from ..inverted_index import Chunks, InvertedIndex, build_index, mark_valid
+from ..selected_kv_outer import launch_selected_bwd_kv_outer, launch_selected_fwd_kv_outer
+from ..selected_query_outer import launch_selected_dq_query_outer, launch_selected_fwd_query_outer
+from ..tuning import SelectedShape, loop_order_of, tiles_of
 
 MAX_PAIRS = 2**31
 PARTIAL_SHARE = 0.6  # of the workspace
