@@ -21,7 +21,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from flash_sparse_attention.impl import triton as kernels
-from flash_sparse_attention.impl.triton.delta import launch_delta
+from flash_sparse_attention.impl.triton.delta import launch_shifts
 from flash_sparse_attention.impl.triton.inverted_index import mark_valid
 from flash_sparse_attention.impl.triton.ops import selected as ops
 from flash_sparse_attention.impl.triton.selected_kv_outer import (
@@ -120,8 +120,7 @@ def launch_all(case: Case, total_tokens: int = 4096, num_sequences: int = 3) -> 
 
     index = ops._index(shape, block_indices, cu_seqlens, block_size, WORKSPACE_MIB)
     out, lse = launch_selected_fwd_kv_outer(q, k, v, index, *sizes, tiles.kv_outer_forward)
-    delta = launch_delta(d_out, torch.empty_like(lse), out)
-    given = d_out, q, k, v, lse, delta
+    given = d_out, q, k, v, *launch_shifts(d_out, torch.empty_like(lse), out, lse)
     launch_selected_bwd_kv_outer(*given, index, *sizes, tiles.kv_outer_backward, torch.empty_like(q))
     launch_selected_bwd_kv_outer(*given, index, *sizes, tiles.kv_outer_backward, None)
 

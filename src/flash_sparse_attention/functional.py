@@ -15,15 +15,17 @@ Sources: NSA, arXiv 2502.11089, equations 5 to 12; FSA, arXiv 2508.18224.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import geometry
 from .config import NSAConfig, compression_kinds
 from .geometry import Interval
-from .impl import load, resolve
+from .impl import Capability, available, load, resolve
 from .precision import no_autocast
 from .types import AttentionOutput, Compression, NSAOutput, SequenceLayout
 from .validation import (
@@ -38,6 +40,8 @@ from .validation import (
 )
 
 CuSeqlens = Tensor | SequenceLayout | None
+# What `nsa_attention` may compute again in its backward pass.
+RECOMPUTE = ("compressed", "selected", "window", "index")
 
 
 def compress(
@@ -123,9 +127,10 @@ def interval_attention(
         (torch.Size([2, 100, 4, 16]), torch.Size([2, 100, 4]))
     """
     pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens)
-    keys = pack.layout.compressed(interval.kernel_size, interval.kernel_stride)
-    scale = _check_qkv(pack, q, k, v, keys, softmax_scale, suffix="")
-    result = _run("interval_attention", impl, q, pack.flat(q), pack.flat(k), pack.flat(v), interval, pack.layout, scale)
+    scale = _check_qkv(pack, q, k, v, interval, softmax_scale, suffix="")
+    compute = load(resolve("interval_attention", impl, q.device, q.dtype, max(q.shape[-1], v.shape[-1])))
+    with no_autocast(q):
+        result = compute(*map(pack.flat, (q, k, v)), interval, pack.layout, scale)
     return AttentionOutput(*map(pack.restore, result))
 
 
@@ -163,7 +168,7 @@ def compressed_attention(
     """
     _check_windows(kernel_size, kernel_stride)
     pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens)
-    keys = pack.layout.compressed(kernel_size, kernel_stride)
+    keys = Interval(kernel_size, kernel_stride)
     _check_qkv(pack, q, k_compressed, v_compressed, keys, softmax_scale, suffix="_compressed")
     return interval_attention(
         q,
@@ -264,27 +269,16 @@ def select_blocks(
     if check_positive("num_selected_blocks", num_selected_blocks) < forced:
         raise bad("num_selected_blocks", f"at least num_init_blocks + num_local_blocks = {forced}", num_selected_blocks)
     pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens)
-    keys = pack.layout.compressed(kernel_size, kernel_stride)
+    keys = Interval(kernel_size, kernel_stride)
     scale = _check_qkv(pack, q, k_compressed, k_compressed, keys, softmax_scale, suffix="_compressed")
     check_tensor("lse", lse, pack.shape(Hq=q.shape[-2]), FLOAT_DTYPES)
     check_same("device", q=q, lse=lse)
-    indices = _run(
-        "select_blocks",
-        impl,
-        q,
-        pack.flat(q),
-        pack.flat(k_compressed),
-        pack.flat(lse),
-        kernel_size,
-        kernel_stride,
-        block_size,
-        num_selected_blocks,
-        num_init_blocks,
-        num_local_blocks,
-        pack.layout,
-        scale,
-    )
-    return pack.restore(indices)
+    reach = geometry.windows_reach(kernel_size, kernel_stride, block_size)
+    compute = load(resolve("select_blocks", impl, q.device, q.dtype, q.shape[-1], reach))
+    tensors = map(pack.flat, (q, k_compressed, lse))
+    blocks = block_size, num_selected_blocks, num_init_blocks, num_local_blocks
+    with no_autocast(q):
+        return pack.restore(compute(*tensors, kernel_size, kernel_stride, *blocks, pack.layout, scale))
 
 
 def selected_attention(
@@ -333,7 +327,7 @@ def selected_attention(
     """
     check_positive("block_size", block_size)
     pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens)
-    scale = _check_qkv(pack, q, k, v, pack.layout, softmax_scale, suffix="")
+    scale = _check_qkv(pack, q, k, v, Interval(), softmax_scale, suffix="")
     check_tensor(
         "block_indices",
         block_indices,
@@ -344,12 +338,9 @@ def selected_attention(
     if block_indices.shape[-1] == 0:
         raise bad("block_indices", "of at least one slot T", list(block_indices.shape), "put -1 in what is unused")
     check_same("device", q=q, block_indices=block_indices)
-    check_choice("loop_order", loop_order, ("auto", "kv_outer", "query_outer"))
     check_positive("workspace_mib", workspace_mib)
     row = resolve("selected_attention", impl, q.device, q.dtype, max(q.shape[-1], v.shape[-1]))
-    if loop_order != "auto" and loop_order not in row.loop_orders:
-        choices = " or ".join(map(repr, ("auto", *row.loop_orders)))
-        raise bad("loop_order", f"{choices} with impl={row.impl!r}", repr(loop_order), "pass another impl")
+    _check_loop_order(loop_order, row)
     schedule = {"loop_order": loop_order, "workspace_mib": workspace_mib, "save_index": save_index}
     tensors = map(pack.flat, (q, k, v, block_indices))
     with no_autocast(q):
@@ -408,6 +399,9 @@ def nsa_attention(
     cu_seqlens: CuSeqlens = None,
     softmax_scale: float | None = None,
     impl: str = "auto",
+    loop_order: str = "auto",
+    workspace_mib: int = 1024,
+    recompute: Collection[str] = (),
 ) -> NSAOutput:
     """Native Sparse Attention: all operators in a row.
 
@@ -431,6 +425,12 @@ def nsa_attention(
         cu_seqlens: see the module.
         softmax_scale: factor of the scores; Dk ** -0.5 by default.
         impl: see the module.
+        loop_order: of selected attention; see `selected_attention`.
+        workspace_mib: of selected attention; see `selected_attention`.
+        recompute: what the Triton kernels compute again in the backward pass instead of keeping it: the outputs of
+            branches (`compressed`, `selected`, `window`: Hq * Dv elements a token each) and the inverted index of the
+            selection (`index`: 8 bytes an entry). By default they keep all, besides the inputs, the selection (4 bytes
+            an entry) and 12 bytes a token and query head. Others ignore it.
 
     Returns:
         `out [N, Hq, Dv]` (`[B, S, Hq, Dv]`), differentiable, and the `block_indices` that were selected.
@@ -444,10 +444,14 @@ def nsa_attention(
     config = NSAConfig() if config is None else config
     pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens)
     k_window, v_window = k if k_window is None else k_window, v if v_window is None else v_window
-    _check_qkv(pack, q, k, v, pack.layout, softmax_scale, suffix="")
-    _check_qkv(pack, q, k_window, v_window, pack.layout, softmax_scale, suffix="_window")
+    _check_qkv(pack, q, k, v, Interval(), softmax_scale, suffix="")
+    _check_qkv(pack, q, k_window, v_window, Interval(), softmax_scale, suffix="_window")
     _check_gates(pack, gates, q.shape[-2])
     check_same("device", q=q, gates=gates)
+    check_positive("workspace_mib", workspace_mib)
+    recompute = (recompute,) if isinstance(recompute, str) else tuple(recompute)
+    for part in recompute:
+        check_choice("recompute", part, RECOMPUTE)
     for side, given, how in (("k", k_compressed, compression_k), ("v", v_compressed, compression_v)):
         if given is not None and how is not None:
             raise bad(f"compression_{side}", f"left out where {side}_compressed is given", "both", "pass one of them")
@@ -458,6 +462,17 @@ def nsa_attention(
     if v_compressed is None:
         v_compressed = compress(v, **(compression_v or Compression())._asdict(), **windows, **bounds, impl=impl)
     common: dict[str, Any] = {**bounds, "softmax_scale": softmax_scale, "impl": impl}
+    keys = Interval(config.kernel_size, config.kernel_stride)
+    scale = _check_qkv(pack, q, k_compressed, v_compressed, keys, softmax_scale, suffix="_compressed")
+    row = _whole(q, v, config, impl)
+    if row is not None:
+        _check_loop_order(loop_order, row)
+        tensors = (q, k, v, k_compressed, v_compressed, k_window, v_window, gates)
+        with no_autocast(q):
+            result = load(row)(
+                *map(pack.flat, tensors), config, pack.layout, scale, loop_order, workspace_mib, recompute
+            )
+        return NSAOutput(*map(pack.restore, result))
     out_compressed, lse = compressed_attention(q, k_compressed, v_compressed, **windows, **common)
     block_indices = select_blocks(
         q,
@@ -470,9 +485,23 @@ def nsa_attention(
         num_local_blocks=config.num_local_blocks,
         **common,
     )
-    selected = selected_attention(q, k, v, block_indices, block_size=config.block_size, **common)
+    selected = selected_attention(
+        q, k, v, block_indices, block_size=config.block_size, loop_order=loop_order, workspace_mib=workspace_mib,
+        **common,
+    )  # fmt: skip
     window = sliding_window_attention(q, k_window, v_window, window_size=config.window_size, **common)
     return NSAOutput(combine(out_compressed, selected.out, window.out, gates, impl=impl), block_indices)
+
+
+def _whole(q: Tensor, v: Tensor, config: NSAConfig, impl: str) -> Capability | None:
+    """The row that computes the whole attention at once, or None if its operators are to be called one by one."""
+    if impl not in ("auto", "triton"):
+        return None
+    reach = geometry.windows_reach(config.kernel_size, config.kernel_stride, config.block_size)
+    sizes = q.device, q.dtype, max(q.shape[-1], v.shape[-1]), reach
+    if impl == "auto" and not available("nsa_attention", *sizes):
+        return None
+    return resolve("nsa_attention", impl, *sizes)
 
 
 @dataclass(frozen=True)
@@ -499,12 +528,13 @@ class _Pack:
                 raise bad(name, f"a tensor [{', '.join(shape)}] with {what} of at least 1", list(x.shape))
         return cls(SequenceLayout.of(name, x, batched, cu_seqlens), batched)
 
-    def shape(self, layout: SequenceLayout | None = None, **dims: int | None) -> dict[str, int | None]:
-        """The expected shape of a tensor over the tokens of `layout` (those of the queries by default)."""
-        layout = layout or self.layout
+    def shape(self, keys: Interval | None = None, **dims: int | None) -> dict[str, int | None]:
+        """The expected shape of a tensor over the keys of an interval (over the tokens by default)."""
+        lengths = self.layout.lengths
+        counts = lengths if keys is None else tuple(map(keys.num_keys, lengths))
         if self.batched:
-            return {"B": layout.batch, "S": layout.max_length, **dims}
-        return {"N" if layout.lengths == self.layout.lengths else "M": layout.total_tokens, **dims}
+            return {"B": len(counts), "S": max(counts, default=0), **dims}
+        return {"N" if counts == lengths else "M": sum(counts), **dims}
 
     def flat(self, x: Tensor) -> Tensor:
         """`x` packed."""
@@ -524,7 +554,7 @@ def _run(operator: str, impl: str, x: Tensor, *args: Any) -> Any:
 
 
 def _check_qkv(
-    pack: _Pack, q: Tensor, k: Tensor, v: Tensor, keys: SequenceLayout, softmax_scale: float | None, suffix: str
+    pack: _Pack, q: Tensor, k: Tensor, v: Tensor, keys: Interval, softmax_scale: float | None, suffix: str
 ) -> float:
     """Checks q, k and v against each other; returns the factor of the scores."""
     num_heads, head_dim = q.shape[-2:]
@@ -539,6 +569,15 @@ def _check_qkv(
     if not isinstance(softmax_scale, (int, float)):
         raise bad("softmax_scale", "a number or None", type(softmax_scale).__name__)
     return float(softmax_scale)
+
+
+def _check_loop_order(loop_order: str, row: Capability) -> None:
+    """The loop order is one between which the implementation lets a caller choose."""
+    check_choice("loop_order", loop_order, ("auto", "kv_outer", "query_outer"))
+    if loop_order != "auto" and loop_order not in row.loop_orders:
+        choices = " or ".join(map(repr, ("auto", *row.loop_orders)))
+        cure = "pass loop_order='auto', or another impl"
+        raise bad("loop_order", f"{choices} with impl={row.impl!r}", repr(loop_order), cure)
 
 
 def _check_windows(kernel_size: int, kernel_stride: int) -> None:

@@ -88,6 +88,16 @@ def overlap(window: Ints, block: Ints, kernel_size: int, kernel_stride: int, blo
     return _at_least_zero(oldest_end - newest_start)
 
 
+def windows_reach(kernel_size: int, kernel_stride: int, block_size: int) -> int:
+    """How many blocks past the one in which it begins a compression window may overlap.
+
+    >>> [windows_reach(*sizes) for sizes in ((32, 16, 64), (64, 64, 64), (64, 16, 16))]
+    [1, 0, 3]
+    """
+    chunks_before, chunks_per_block = kernel_size // kernel_stride - 1, block_size // kernel_stride
+    return -(-chunks_before // chunks_per_block)
+
+
 @dataclass(frozen=True)
 class Interval:
     """The contiguous range of keys [start(t), end(t)) that the query at token t attends to.

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -171,13 +171,11 @@ class SequenceLayout:
 
     def compressed(self, kernel_size: int, kernel_stride: int) -> SequenceLayout:
         """The layout of the compressed tokens: `geometry.num_compressed_tokens` for each sequence."""
-        counts = [geometry.num_compressed_tokens(length, kernel_size, kernel_stride) for length in self.lengths]
-        return SequenceLayout.from_lengths(counts, self.device)
+        return self._mapped(lambda length: geometry.num_compressed_tokens(length, kernel_size, kernel_stride))
 
     def blocks(self, block_size: int) -> SequenceLayout:
         """The layout of the selection blocks: `geometry.num_blocks` for each sequence."""
-        counts = [geometry.num_blocks(length, block_size) for length in self.lengths]
-        return SequenceLayout.from_lengths(counts, self.device)
+        return self._mapped(lambda length: geometry.num_blocks(length, block_size))
 
     def window_starts(self, kernel_size: int, kernel_stride: int) -> Tensor:
         """The index in the pack of the first token of each compression window, int64 `[M]`."""
@@ -186,5 +184,12 @@ class SequenceLayout:
 
     def chunks(self, kernel_stride: int) -> SequenceLayout:
         """The layout of the whole chunks: `geometry.num_chunks` for each sequence."""
-        counts = [geometry.num_chunks(length, kernel_stride) for length in self.lengths]
-        return SequenceLayout.from_lengths(counts, self.device)
+        return self._mapped(lambda length: geometry.num_chunks(length, kernel_stride))
+
+    def _mapped(self, count: Callable[[Any], Any]) -> SequenceLayout:
+        """The layout of as many tokens of each sequence as `count` says; takes an integer or a tensor of them.
+
+        The bounds are computed where they are needed: a copy from the host could not be captured in a CUDA graph.
+        """
+        ends = count(self.cu_seqlens.diff()).cumsum(0, dtype=torch.int32)
+        return SequenceLayout(tuple(map(count, self.lengths)), torch.cat([ends.new_zeros(1), ends]))

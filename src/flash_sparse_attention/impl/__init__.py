@@ -38,6 +38,7 @@ class Capability:
         note: what a user should know of it, for the table of `fsa inspect`.
         max_head_dim: the largest head dimension, or None.
         loop_orders: the loop orders of selected attention between which a caller may choose.
+        max_reach: how many blocks past its first a compression window may reach, or None; see `geometry.windows_reach`.
     """
 
     operator: str
@@ -49,8 +50,9 @@ class Capability:
     note: str
     max_head_dim: int | None = None
     loop_orders: tuple[str, ...] = ()
+    max_reach: int | None = None
 
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int = 0) -> str | None:
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int = 0, reach: int = 0) -> str | None:
         """Why this implementation cannot run here, or None if it can."""
         # Triton's interpreter runs its kernels on CPU tensors, for tests.
         devices = (*self.devices, "cpu") if self.impl == "triton" and interpreting() else self.devices
@@ -60,6 +62,8 @@ class Capability:
             return f"it does not take {str(dtype).removeprefix('torch.')}"
         if self.max_head_dim is not None and head_dim > self.max_head_dim:
             return f"it takes head dimensions up to {self.max_head_dim}, not {head_dim}"
+        if self.max_reach is not None and reach > self.max_reach:
+            return "it takes compression windows of at most block_size + kernel_stride tokens"
         if self.impl == "triton" and not _HAS_TRITON:
             return "it needs Triton, which is not installed (pip install 'flash-sparse-attention[triton]')"
         return None
@@ -72,16 +76,28 @@ def interpreting() -> bool:
 
 # In order of preference: `auto` takes the first row of an operator that is not refused.
 CAPABILITIES: tuple[Capability, ...] = (
-    Capability(
-        "selected_attention",
-        "triton",
-        "triton",
-        ("cuda",),
-        (torch.float16, torch.bfloat16, torch.float32),
-        True,
-        "Triton kernels in both loop orders",
-        max_head_dim=256,
-        loop_orders=("kv_outer", "query_outer"),
+    *(
+        Capability(
+            op,
+            "triton",
+            "triton",
+            ("cuda",),
+            (torch.float16, torch.bfloat16, torch.float32),
+            True,
+            note,
+            max_head_dim=256,
+            loop_orders=loop_orders,
+            max_reach=1 if op in ("select_blocks", "nsa_attention") else None,
+        )
+        for op, note, loop_orders in (
+            ("compress", "Triton kernels", ()),
+            ("interval_attention", "Triton kernels", ()),
+            ("select_blocks", "Triton kernels", ()),
+            ("selected_attention", "Triton kernels in both loop orders", ("kv_outer", "query_outer")),
+            ("combine", "a Triton kernel", ()),
+            # All of them in a row, as one operator, whose backward pass shares what it can.
+            ("nsa_attention", "Triton kernels", ("kv_outer", "query_outer")),
+        )
     ),
     *(
         Capability(
@@ -120,7 +136,9 @@ class Decision:
     reason: str
 
 
-def resolve(operator: str, impl: str, device: torch.device, dtype: torch.dtype, head_dim: int = 0) -> Capability:
+def resolve(
+    operator: str, impl: str, device: torch.device, dtype: torch.dtype, head_dim: int = 0, reach: int = 0
+) -> Capability:
     """The row of the table that computes `operator`; an explicit `impl` never falls back to another.
 
     Raises:
@@ -130,11 +148,10 @@ def resolve(operator: str, impl: str, device: torch.device, dtype: torch.dtype, 
     rows = [row for row in CAPABILITIES if row.operator == operator and impl in ("auto", row.impl)]
     candidates = [row for row in rows if row.auto or impl != "auto"]
     for row in candidates:
-        if row.refusal(device, dtype, head_dim) is None:
+        if row.refusal(device, dtype, head_dim, reach) is None:
             return row
-    reasons = (
-        "; ".join(str(row.refusal(device, dtype, head_dim)) for row in candidates) or "this version does not have it"
-    )
+    refusals = [str(row.refusal(device, dtype, head_dim, reach)) for row in candidates]
+    reasons = "; ".join(refusals) or "this version does not have it"
     raise ValueError(f"impl={impl!r} cannot compute {operator}: {reasons}; use impl='auto' for what runs here")
 
 
@@ -178,6 +195,7 @@ def explain(device: torch.device, dtype: torch.dtype) -> list[Decision]:
     return decisions
 
 
-def available(operator: str, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """Names of the implementations that can run `operator` on this device and dtype."""
-    return [row.impl for row in CAPABILITIES if row.operator == operator and row.refusal(device, dtype) is None]
+def available(operator: str, device: torch.device, dtype: torch.dtype, head_dim: int = 0, reach: int = 0) -> list[str]:
+    """Names of the implementations that can run `operator` on this device, dtype, head dimension and windows."""
+    rows = (row for row in CAPABILITIES if row.operator == operator)
+    return [row.impl for row in rows if row.refusal(device, dtype, head_dim, reach) is None]

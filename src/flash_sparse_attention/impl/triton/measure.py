@@ -21,7 +21,7 @@ from torch import Tensor
 from ... import geometry
 from ...types import SequenceLayout
 from ...validation import bad
-from .delta import launch_delta
+from .delta import launch_shifts
 from .inverted_index import InvertedIndex, build_index, mark_valid
 from .ops.selected import chunks_of
 from .primitives import padded
@@ -196,7 +196,8 @@ class Problem:
         q, k, v, d_out: `[N, Hq, Dk]`, `[N, Hk, Dk]`, `[N, Hk, Dv]`, `[N, Hq, Dv]`.
         block_indices: int32 `[N, Hk, T]`.
         index: of `block_indices`.
-        lse, delta: of the forward pass, `[N, Hq]`.
+        lse: of the forward pass, `[N, Hq]`.
+        shift, delta: of the backward pass, `[N, Hq]`.
     """
 
     shape: SelectedShape
@@ -208,6 +209,7 @@ class Problem:
     block_indices: Tensor
     index: InvertedIndex
     lse: Tensor
+    shift: Tensor
     delta: Tensor
 
     @classmethod
@@ -229,9 +231,9 @@ class Problem:
             shape.block_size,
             chunks_of(shape, block_indices, layout.cu_seqlens, WORKSPACE_MIB),
         )
-        problem = cls(shape, layout, q, k, v, d_out, block_indices, index, d_out, d_out)
+        problem = cls(shape, layout, q, k, v, d_out, block_indices, index, d_out, d_out, d_out)
         out, problem.lse = problem.kv_outer_forward(built_in_tiles(shape).kv_outer_forward)
-        problem.delta = launch_delta(d_out, torch.zeros_like(problem.lse), out)
+        problem.shift, problem.delta = launch_shifts(d_out, torch.zeros_like(problem.lse), out, problem.lse)
         return problem
 
     @property
@@ -242,7 +244,7 @@ class Problem:
     @property
     def given(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """What the launches of the backward pass take."""
-        return self.d_out, self.q, self.k, self.v, self.lse, self.delta
+        return self.d_out, self.q, self.k, self.v, self.shift, self.delta
 
     def build(self) -> InvertedIndex:
         """The inverted index, built again."""
@@ -274,7 +276,7 @@ class Problem:
 
     def backward(self, loop_order: str, tiles: SelectedTiles) -> None:
         """All that a backward pass launches; the query-outer order builds its index here."""
-        launch_delta(self.d_out, torch.zeros_like(self.lse), self.d_out)
+        launch_shifts(self.d_out, torch.zeros_like(self.lse), self.d_out, self.lse)
         if loop_order == "query_outer":
             index = self.build()
             given = *self.given, self.block_indices, index.place

@@ -23,6 +23,12 @@ def padded_dim(dim):
     return max(16, 1 << (dim - 1).bit_length())
 
 
+def dense_rows(x: Tensor) -> Tensor:
+    """`x` if its heads are adjacent and their elements contiguous, as in a slice of a fused projection; or a copy."""
+    adjacent = x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
+    return x if adjacent and x.stride(0) >= x.shape[1] * x.shape[2] else x.contiguous()
+
+
 def positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, float]:
     """The same scores with a positive scale, so that the largest product is the largest score."""
     if softmax_scale > 0:
@@ -36,9 +42,10 @@ def pack_blocks(total_tokens: int, num_sequences: int, block_size: int) -> int:
 
 
 @triton.jit
-def sequence_of(x, cu_seqlens_ptr, num_sequences, BLOCK_SIZE: tl.constexpr):
+def sequence_of(x, cu_seqlens_ptr, num_sequences, BLOCK_SIZE: tl.constexpr, SCALE: tl.constexpr = 1):
     """The sequence of token `x` of the pack (BLOCK_SIZE 0), or of block `x` of the pack.
 
+    With SCALE, a block holds BLOCK_SIZE rows, of which a token has SCALE.
     Block j of sequence s has the id cu_seqlens[s] // BLOCK_SIZE + s + j in the pack. A sequence of L tokens has at most
     L // BLOCK_SIZE + 1 blocks, so ids of two sequences never meet, some ids name no block, and nothing must be summed
     to know them. Worked example, blocks of 4, lengths 5 and 6: ids 0, 1 and, as 5 // 4 + 1 = 2, the ids 2, 3.
@@ -51,7 +58,7 @@ def sequence_of(x, cu_seqlens_ptr, num_sequences, BLOCK_SIZE: tl.constexpr):
         middle = (low + high) // 2
         first = tl.load(cu_seqlens_ptr + middle)
         if BLOCK_SIZE > 0:
-            first = first // BLOCK_SIZE + middle
+            first = first * SCALE // BLOCK_SIZE + middle
         after = first <= x
         low = tl.where(after, middle, low)
         high = tl.where(after, high, middle)
@@ -70,6 +77,19 @@ def block_bounds(block, cu_seqlens_ptr, num_sequences, BLOCK_SIZE: tl.constexpr)
 
 
 @triton.jit
+def tile_of_rows(tile, cu_seqlens_ptr, num_sequences, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """A tile of ROWS consecutive rows of one sequence, of which a token has GROUP.
+
+    Returns the sequence, its first token in the pack, its length (tokens), and the tile's first row in the sequence.
+    Tiles past the last row, which the numbering of `sequence_of` may have, start there or later.
+    """
+    sequence = sequence_of(tile, cu_seqlens_ptr, num_sequences, ROWS, GROUP)
+    start = tl.load(cu_seqlens_ptr + sequence)
+    length = tl.load(cu_seqlens_ptr + sequence + 1) - start
+    return sequence, start, length, (tile - start * GROUP // ROWS - sequence) * ROWS
+
+
+@triton.jit
 def exp_shifted(products, scale, shift, EXACT: tl.constexpr):
     """exp(scale * products - shift), for `products` [A, B] and `shift` [A] in the units of lse.
 
@@ -82,13 +102,28 @@ def exp_shifted(products, scale, shift, EXACT: tl.constexpr):
 
 
 @triton.jit
+def exp_below(products, scale, shift, EXACT: tl.constexpr):
+    """exp(scale * products - shift) of the backward pass, shapes broadcast; `shift` in log2 units unless EXACT."""
+    if EXACT:
+        return tl.exp2((products * scale - shift) * LOG2_E)
+    return tl.exp2(products * (scale * LOG2_E) - shift)
+
+
+@triton.jit
 def load_rows(x_ptr, rows, mask_rows, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Rows of `DIM` contiguous elements that start at the offsets `rows` (64-bit): [ROWS, PADDED], 0 where masked."""
+    """Rows of `DIM` contiguous elements that start at the offsets `rows` (64-bit): [ROWS, PADDED], 0 where masked.
+
+    `mask_rows` None stands for rows that are all there.
+    """
     offs = tl.arange(0, PADDED)
-    mask = mask_rows[:, None]
-    if PADDED != DIM:
-        mask = mask & (offs < DIM)[None, :]
-    return tl.load(x_ptr + rows[:, None] + offs[None, :], mask=mask, other=0.0)
+    mask = None
+    if mask_rows is not None:
+        mask = mask_rows[:, None]
+        if PADDED != DIM:
+            mask = mask & (offs < DIM)[None, :]
+    elif PADDED != DIM:
+        mask = (offs < DIM)[None, :]
+    return tl.load(x_ptr + rows[:, None] + offs[None, :], mask=mask, other=None if mask is None else 0.0)
 
 
 @triton.jit

@@ -24,21 +24,14 @@ from .primitives import (
     LN_2,
     LOG2_E,
     block_bounds,
+    exp_below,
     exp_shifted,
     load_rows,
     padded_dim,
     positive_scale,
     store_rows,
 )
-from .tuning import KvOuterTiles
-
-
-def launch_options(tiles: KvOuterTiles) -> dict[str, int]:
-    """Warps, and the bound of registers where there is one and the device knows such a bound."""
-    options = {"num_warps": tiles.warps}
-    if tiles.registers is not None and torch.version.hip is None:
-        options["maxnreg"] = tiles.registers
-    return options
+from .tuning import KvOuterTiles, launch_options
 
 
 def launch_selected_fwd_kv_outer(
@@ -227,7 +220,7 @@ def launch_selected_bwd_kv_outer(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lse: Tensor,
+    shift: Tensor,
     delta: Tensor,
     index: InvertedIndex,
     cu_seqlens: Tensor,
@@ -236,7 +229,7 @@ def launch_selected_bwd_kv_outer(
     tiles: KvOuterTiles,
     dq: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of k and v, and of q into `dq` if there is one; `delta` is the shift of `launch_delta`.
+    """Gradients of k and v, and of q into `dq` if there is one; `shift` and `delta` are those of `launch_shifts`.
 
     Every sum runs in an order that the inverted index fixes, so results are bitwise equal from run to run.
     """
@@ -257,7 +250,7 @@ def launch_selected_bwd_kv_outer(
         common = cu_seqlens.numel() - 1, chunks.num_blocks, number * chunks.buckets, chunks.buckets
         share = first_head, chunks.heads, int(first_token > 0), last
         _selected_bwd_kv_outer_kernel[(segments.most_of_chunk, parts)](
-            q, k, v, d_out, lse, delta, partial, dk_tiles, dv_tiles, dk_sum, dv_sum, dk, dv,
+            q, k, v, d_out, shift, delta, partial, dk_tiles, dv_tiles, dk_sum, dv_sum, dk, dv,
             index.pairs, segments.table, segments.ends, cu_seqlens, *common, *share, softmax_scale,
             q.stride(0), k.stride(0), v.stride(0), d_out.stride(0), num_heads, group, dim_k, dim_v, block_size,
             dq is not None, tiles.rows, tiles.keys, tiles.stages, **launch_options(tiles),
@@ -288,7 +281,7 @@ def _selected_bwd_kv_outer_kernel(
     k_ptr,
     v_ptr,
     d_out_ptr,
-    lse_ptr,
+    shift_ptr,
     delta_ptr,
     partial_ptr,
     dk_tiles_ptr,
@@ -365,9 +358,9 @@ def _selected_bwd_kv_outer_kernel(
         _, g = _pairs_of_rows(first_row, GROUP, ROWS)
         at_q = token.to(tl.int64) * NUM_HEADS + head * GROUP + g
         # Rows that are not there have probability 0.
-        lse = tl.load(lse_ptr + at_q, mask=mask, other=float("inf"))
+        shift = tl.load(shift_ptr + at_q, mask=mask, other=float("inf"))
         delta = tl.load(delta_ptr + at_q, mask=mask, other=0.0)
-        p = exp_shifted(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, lse, EXACT)
+        p = exp_below(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, shift[:, None], EXACT)
         p = _hide(p, token, first_viewer, 0.0)  # [ROWS, KEYS]
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision="ieee")

@@ -17,6 +17,7 @@ from torch import Tensor
 from .primitives import (
     LN_2,
     LOG2_E,
+    exp_below,
     exp_shifted,
     load_rows,
     padded,
@@ -59,7 +60,7 @@ def launch_selected_dq_query_outer(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lse: Tensor,
+    shift: Tensor,
     delta: Tensor,
     block_indices: Tensor,
     place: Tensor,
@@ -68,12 +69,12 @@ def launch_selected_dq_query_outer(
     softmax_scale: float,
     tiles: QueryOuterTiles,
 ) -> Tensor:
-    """The gradient of q; `delta` is the shift of `launch_delta`."""
+    """The gradient of q; `shift` and `delta` are those of `launch_shifts`."""
     (total_tokens, num_heads, dim_k), (_, num_kv_heads, dim_v) = q.shape, v.shape
     dq = q.new_empty(q.shape)
     group = num_heads // num_kv_heads
     _selected_dq_query_outer_kernel[(total_tokens, num_kv_heads)](
-        q, k, v, d_out, lse, delta, block_indices, place, cu_seqlens, dq,
+        q, k, v, d_out, shift, delta, block_indices, place, cu_seqlens, dq,
         cu_seqlens.numel() - 1, q.stride(0), k.stride(0), v.stride(0), d_out.stride(0),
         softmax_scale,
         num_kv_heads, group, padded(group), block_indices.shape[2], dim_k, dim_v, block_size,
@@ -170,7 +171,7 @@ def _selected_dq_query_outer_kernel(
     k_ptr,
     v_ptr,
     d_out_ptr,
-    lse_ptr,
+    shift_ptr,
     delta_ptr,
     block_indices_ptr,
     place_ptr,
@@ -212,9 +213,7 @@ def _selected_dq_query_outer_kernel(
     q = load_rows(q_ptr, q_rows, mask, DIM_K, PADDED_K)  # [G, DK]
     do = load_rows(d_out_ptr, do_rows, mask, DIM_V, PADDED_V)  # [G, DV]
     row = token.to(tl.int64) * (HEADS * GROUP) + head * GROUP + g
-    # A row without a key has probability 0 everywhere.
-    lse = tl.load(lse_ptr + row, mask=mask, other=float("inf"))
-    lse = tl.where(lse == -float("inf"), float("inf"), lse)
+    shift = tl.load(shift_ptr + row, mask=mask, other=float("inf"))
     delta = tl.load(delta_ptr + row, mask=mask, other=0.0)
     at = token.to(tl.int64) * HEADS + head
     dq = tl.zeros([GROUP_PADDED, PADDED_K], tl.float32)
@@ -224,7 +223,7 @@ def _selected_dq_query_outer_kernel(
         )
         k = load_rows(k_ptr, key.to(tl.int64) * stride_k + head * DIM_K, mask_keys, DIM_K, PADDED_K)  # [KEYS, DK]
         v = load_rows(v_ptr, key.to(tl.int64) * stride_v + head * DIM_V, mask_keys, DIM_V, PADDED_V)  # [KEYS, DV]
-        p = exp_shifted(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, lse, EXACT)
+        p = exp_below(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, shift[:, None], EXACT)
         p = tl.where(mask_keys[None, :], p, 0.0)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         ds = (p * (dp - delta[:, None])).to(k.dtype)

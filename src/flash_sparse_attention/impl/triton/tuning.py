@@ -98,6 +98,51 @@ class SelectedTiles:
 
 
 @dataclass(frozen=True)
+class IntervalTiles:
+    """Tile sizes of a kernel of interval attention: (token, head) rows and keys of a tile; see `KvOuterTiles`."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+@dataclass(frozen=True)
+class ScoreTiles:
+    """Tile sizes of the kernel of block scores.
+
+    Attributes:
+        tokens: of a tile.
+        keys: windows of a tile.
+        warps, stages: of the launch.
+        resident: heads of a group up to which the queries of all are held at once; at most 4.
+    """
+
+    tokens: int
+    keys: int
+    warps: int
+    stages: int
+    resident: int
+
+
+def launch_options(tiles: KvOuterTiles | IntervalTiles) -> dict[str, int]:
+    """Warps, and the bound of registers where there is one and the device knows such a bound."""
+    options = {"num_warps": tiles.warps}
+    if tiles.registers is not None and torch.version.hip is None:
+        options["maxnreg"] = tiles.registers
+    return options
+
+
+class IntervalSchedule(NamedTuple):
+    """Tiles of the kernels of interval attention: forward, dQ, and dK with dV."""
+
+    forward: IntervalTiles
+    dq: IntervalTiles
+    dkv: IntervalTiles
+
+
+@dataclass(frozen=True)
 class TunedEntry:
     """What was measured for a shape on a device.
 
@@ -250,6 +295,31 @@ def built_in_tiles(shape: SelectedShape) -> SelectedTiles:
     segment_rows = 8192 if rows >= 1 << 24 and block <= 64 else 4096
     backward = KvOuterTiles(64, min(64, block), max(1, segment_rows // group), 4, 2)
     return SelectedTiles(forward, backward, QueryOuterTiles(min(64, block), 2, 2))
+
+
+def interval_schedule(dim_k: int, dim_v: int, dtype: torch.dtype, windowed: bool) -> IntervalSchedule:
+    """The tiles of interval attention for head dimensions, to all keys so far or to a window of them."""
+    dim = padded(max(dim_k, dim_v))
+    if dtype == torch.float32:
+        edge = 16 if dim > 128 else 32
+        small = IntervalTiles(edge, edge, 4, 1)
+        return IntervalSchedule(small, small, small)
+    if dim > 128:
+        return IntervalSchedule(IntervalTiles(128, 64, 8, 2), IntervalTiles(64, 32, 8, 2), IntervalTiles(32, 64, 8, 2))
+    if windowed:
+        return IntervalSchedule(
+            IntervalTiles(64, 32, 4, 3, 168), IntervalTiles(64, 64, 4, 2), IntervalTiles(32, 64, 4, 3)
+        )
+    return IntervalSchedule(IntervalTiles(64, 64, 4, 3), IntervalTiles(128, 64, 8, 3), IntervalTiles(64, 128, 8, 4))
+
+
+def score_tiles(dim: int, dtype: torch.dtype) -> ScoreTiles:
+    """The tiles of block scores for a head dimension."""
+    if dtype == torch.float32:
+        return ScoreTiles(32, 32, 4, 1, 1)
+    if padded(dim) > 128:
+        return ScoreTiles(64, 64, 4, 2, 2)
+    return ScoreTiles(64, 64, 4, 2, 4)
 
 
 def tuning_file() -> Path:

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ....types import AttentionOutput, SequenceLayout
 from ....validation import bad
-from ..delta import launch_delta
+from ..delta import launch_shifts
 from ..inverted_index import Chunks, InvertedIndex, build_index, mark_valid
+from ..primitives import dense_rows
 from ..selected_kv_outer import launch_selected_bwd_kv_outer, launch_selected_fwd_kv_outer
 from ..selected_query_outer import launch_selected_dq_query_outer, launch_selected_fwd_query_outer
 from ..tuning import SelectedShape, loop_order_of, tiles_of
@@ -67,7 +68,23 @@ def _selected_attention(
     """out, lse, and the inverted index (place, pairs, run_ends) if it is kept, three empty tensors if not."""
     if q.shape[0] == 0:
         return _empty_outputs(q, v, block_indices)
-    q, k, v, block_indices = _dense_rows(q), _dense_rows(k), _dense_rows(v), block_indices.contiguous()
+    tensors = dense_rows(q), dense_rows(k), dense_rows(v), block_indices.contiguous()
+    return attend_selected(*tensors, cu_seqlens, block_size, softmax_scale, loop_order, workspace_mib, save_index)
+
+
+def attend_selected(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    cu_seqlens: Tensor,
+    block_size: int,
+    softmax_scale: float,
+    loop_order: str,
+    workspace_mib: int,
+    save_index: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `_selected_attention`, for tensors whose rows are dense."""
     shape = SelectedShape.of(q, k, v, block_indices, block_size)
     tiles = tiles_of(shape)
     if loop_order_of(shape, loop_order) == "query_outer":
@@ -75,13 +92,13 @@ def _selected_attention(
         out, lse = launch_selected_fwd_query_outer(
             q, k, v, block_indices, place, cu_seqlens, block_size, softmax_scale, tiles.query_outer
         )
-        return out, lse, *_nothing(q)
+        return out, lse, *nothing(q)
     index = _index(shape, block_indices, cu_seqlens, block_size, workspace_mib)
     out, lse = launch_selected_fwd_kv_outer(
         q, k, v, index, cu_seqlens, block_size, softmax_scale, tiles.kv_outer_forward
     )
     if not save_index:
-        return out, lse, *_nothing(q)
+        return out, lse, *nothing(q)
     return out, lse, index.place, index.pairs, index.run_ends
 
 
@@ -107,23 +124,64 @@ def _selected_attention_backward(
     """Gradients of q, k and v; probabilities are computed again from lse."""
     if q.shape[0] == 0:
         return _empty_gradients(q, k, v)
-    q, k, v, d_out, block_indices = *map(_dense_rows, (q, k, v, d_out)), block_indices.contiguous()
+    q, k, v, d_out = map(dense_rows, (q, k, v, d_out))
+    shift, delta = launch_shifts(d_out, d_lse.contiguous(), out, lse)
+    tensors = d_out, q, k, v, block_indices.contiguous(), cu_seqlens, shift, delta, place, pairs, run_ends
+    return differentiate_selected(*tensors, block_size, softmax_scale, loop_order, workspace_mib)
+
+
+def differentiate_selected(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    cu_seqlens: Tensor,
+    shift: Tensor,
+    delta: Tensor,
+    place: Tensor,
+    pairs: Tensor,
+    run_ends: Tensor,
+    block_size: int,
+    softmax_scale: float,
+    loop_order: str,
+    workspace_mib: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, whose rows are dense; `shift` and `delta` are those of `launch_shifts`."""
     shape = SelectedShape.of(q, k, v, block_indices, block_size)
     tiles = tiles_of(shape)
-    delta = launch_delta(d_out, d_lse.contiguous(), out)
     if place.numel() > 0:
         index = InvertedIndex(chunks_of(shape, block_indices, cu_seqlens, workspace_mib), place, pairs, run_ends)
     else:
         index = _index(shape, block_indices, cu_seqlens, block_size, workspace_mib)
     sizes = cu_seqlens, block_size, softmax_scale
+    given = d_out, q, k, v, shift, delta
     if loop_order_of(shape, loop_order) == "query_outer":
-        given = d_out, q, k, v, lse, delta
         dq = launch_selected_dq_query_outer(*given, block_indices, index.place, *sizes, tiles.query_outer)
         dk, dv = launch_selected_bwd_kv_outer(*given, index, *sizes, tiles.kv_outer_backward, None)
         return dq, dk, dv
     dq = q.new_empty(q.shape)
-    dk, dv = launch_selected_bwd_kv_outer(d_out, q, k, v, lse, delta, index, *sizes, tiles.kv_outer_backward, dq)
+    dk, dv = launch_selected_bwd_kv_outer(*given, index, *sizes, tiles.kv_outer_backward, dq)
     return dq, dk, dv
+
+
+def kept_index(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    cu_seqlens: Tensor,
+    block_size: int,
+    loop_order: str,
+    workspace_mib: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Storage for the inverted index that a forward pass keeps: place, pairs, run_ends; empty if it builds none."""
+    shape = SelectedShape.of(q, k, v, block_indices, block_size)
+    if loop_order_of(shape, loop_order) == "query_outer":
+        return nothing(q)
+    chunks = chunks_of(shape, block_indices, cu_seqlens, workspace_mib)
+    place, pairs = block_indices.new_empty(block_indices.shape), block_indices.new_empty(block_indices.numel())
+    return place, pairs, block_indices.new_empty(chunks.counters)
 
 
 def chunks_of(shape: SelectedShape, block_indices: Tensor, cu_seqlens: Tensor, workspace_mib: int) -> Chunks:
@@ -144,20 +202,15 @@ def _index(
     )
 
 
-def _dense_rows(x: Tensor) -> Tensor:
-    """`x` if its heads are adjacent and their elements contiguous, as in a slice of a fused projection; or a copy."""
-    adjacent = x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
-    return x if adjacent and x.stride(0) >= x.shape[1] * x.shape[2] else x.contiguous()
-
-
-def _nothing(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def nothing(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """In place of an index that is not kept."""
     place, pairs, run_ends = (torch.empty(0, dtype=torch.int32, device=x.device) for _ in range(3))
     return place, pairs, run_ends
 
 
 def _empty_outputs(q: Tensor, v: Tensor, block_indices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     out, lse = q.new_empty(*q.shape[:2], v.shape[2]), q.new_empty(q.shape[:2], dtype=torch.float32)
-    return out, lse, *_nothing(block_indices)
+    return out, lse, *nothing(block_indices)
 
 
 def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,13 +232,10 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, cu_seqlens: Tensor, block_size: int, softmax_scale: float,
     loop_order: str, workspace_mib: int, save_index: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    empty = _empty_outputs(q, v, block_indices)
-    shape = SelectedShape.of(q, k, v, block_indices, block_size)
-    if not save_index or loop_order_of(shape, loop_order) == "query_outer":
-        return empty
-    chunks = chunks_of(shape, block_indices, cu_seqlens, workspace_mib)
-    place, pairs = block_indices.new_empty(block_indices.shape), block_indices.new_empty(block_indices.numel())
-    return empty[0], empty[1], place, pairs, block_indices.new_empty(chunks.counters)
+    out, lse, *index = _empty_outputs(q, v, block_indices)
+    if save_index:
+        index = [*kept_index(q, k, v, block_indices, cu_seqlens, block_size, loop_order, workspace_mib)]
+    return out, lse, index[0], index[1], index[2]
 
 
 _selected_attention_backward.register_fake(lambda d_out, d_lse, q, k, v, *_: _empty_gradients(q, k, v))

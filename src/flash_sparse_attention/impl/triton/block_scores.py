@@ -1,0 +1,279 @@
+"""Block selection: scores of the blocks, a chunk of tokens at a time, and the T best of each (token, kv head).
+
+    scores   program (span of blocks, tile of tokens, kv head)
+                 for tile of blocks:           |w w w w|w w w w|      the windows that begin in them
+                     for head of the group:    P += exp(Q K^T - lse)  one tile of probabilities, summed over the group
+                     scores = sums of P over each block, and what the windows before reach into it
+    pick     program (token, kv head): the row of scores in registers; bisection finds the least score that is kept
+
+Scores of a chunk are written once and read once; nothing grows with the square of the length.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .interval import interval_end
+from .primitives import exp_shifted, load_rows, padded, padded_dim, positive_scale, tile_of_rows
+from .tuning import ScoreTiles
+
+# Bytes of the scores of a chunk of tokens, and programs that a chunk is to have.
+SCORE_BYTES, SCORE_PROGRAMS = 256 << 20, 1024
+# Blocks that a warp keeps in registers; and those of the smallest kernel, of which there is one for each power of two.
+PICK_COLUMNS, LEAST_COLUMNS = 1024, 128
+PICK_REGISTERS = None
+# A running count of the blocks that are kept, and this many times those that tie.
+TIE = tl.constexpr(2048)
+MOST_SLOTS = 2047
+
+
+def launch_select_blocks(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    key_bounds: Tensor,
+    max_length: int,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    num_selected_blocks: int,
+    num_init_blocks: int,
+    num_local_blocks: int,
+    softmax_scale: float,
+    tiles: ScoreTiles,
+) -> Tensor:
+    """The T blocks that each (token, kv head) keeps: int32 `[N, Hk, T]`, ascending, -1 in unused slots at the end.
+
+    Args:
+        q: `[N, Hq, Dk]`.
+        k: compressed keys `[M, Hk, Dk]`.
+        lse: of the compressed attention, float32 `[N, Hq]`.
+        cu_seqlens, key_bounds: int32 `[B + 1]`, bounds of the tokens and of the compressed tokens.
+        max_length: tokens of the longest sequence at most.
+        kernel_size, ..., softmax_scale: as `select_blocks`.
+        tiles: of the scores.
+    """
+    (total_tokens, num_heads, dim), num_kv_heads = q.shape, k.shape[1]
+    group, num_sequences = num_heads // num_kv_heads, cu_seqlens.numel() - 1
+    indices = torch.empty(total_tokens, num_kv_heads, num_selected_blocks, dtype=torch.int32, device=q.device)
+    q, softmax_scale = positive_scale(q, softmax_scale)
+    windows = padded(block_size // kernel_stride, 1)
+    blocks = max(1, tiles.keys // windows)
+    token_tiles = total_tokens // tiles.tokens + num_sequences
+    most_blocks = triton.cdiv(max_length, block_size)
+    chunk = min(token_tiles, max(1, SCORE_BYTES // (4 * tiles.tokens * num_kv_heads * most_blocks)))
+    scores = torch.empty(chunk * tiles.tokens * num_kv_heads * most_blocks, dtype=torch.float32, device=q.device)
+    for first_tile in range(0, token_tiles, chunk):
+        some = min(chunk, token_tiles - first_tile)
+        # No tile is further from the start of its sequence than from that of the pack.
+        columns = triton.cdiv(min(max_length, (first_tile + some) * tiles.tokens), block_size)
+        block_tiles = triton.cdiv(columns, blocks)
+        spans = min(block_tiles, triton.cdiv(SCORE_PROGRAMS, some * num_kv_heads))
+        span = triton.cdiv(block_tiles, spans)
+        _block_scores_kernel[(triton.cdiv(block_tiles, span), some, num_kv_heads)](
+            q, k, lse, cu_seqlens, key_bounds, scores, num_sequences, first_tile, columns, span, softmax_scale,
+            q.stride(0), k.stride(0), num_heads, group, dim, kernel_size, kernel_stride, block_size,
+            tiles.tokens, blocks, windows, group <= tiles.resident, tiles.stages, num_warps=tiles.warps,
+        )  # fmt: skip
+        held = padded(columns, LEAST_COLUMNS)
+        _pick_blocks_kernel[(some * tiles.tokens, num_kv_heads)](
+            scores, cu_seqlens, indices, num_sequences, first_tile, columns, num_kv_heads, tiles.tokens, block_size,
+            num_selected_blocks, padded(num_selected_blocks), num_init_blocks, num_local_blocks, held,
+            num_warps=min(max(1, held // PICK_COLUMNS), 16), maxnreg=PICK_REGISTERS,
+        )  # fmt: skip
+    return indices
+
+
+@triton.jit
+def _overlap(window, block, KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """geometry.overlap, in chunks."""
+    start = tl.maximum(window, block * (BLOCK_SIZE // KERNEL_STRIDE))
+    end = tl.minimum(window + KERNEL_SIZE // KERNEL_STRIDE, (block + 1) * (BLOCK_SIZE // KERNEL_STRIDE))
+    return tl.maximum(end - start, 0)
+
+
+@triton.jit
+def _load_head(
+    q_ptr, lse_ptr, in_pack, q_head, mask, STRIDE_Q: tl.constexpr, NUM_HEADS: tl.constexpr, DIM: tl.constexpr
+):
+    """Queries [TOKENS, D] and lse [TOKENS] of a head."""
+    q = load_rows(q_ptr, in_pack * STRIDE_Q + q_head * DIM, mask, DIM, padded_dim(DIM))
+    return q, tl.load(lse_ptr + in_pack * NUM_HEADS + q_head, mask=mask, other=0.0)
+
+
+@triton.jit
+def _probabilities(q, k, lse, scale):
+    """exp(Q K^T - lse), [TOKENS, KEYS]."""
+    return exp_shifted(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, lse, q.dtype == tl.float32)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "first_tile", "columns", "span"])
+def _block_scores_kernel(
+    q_ptr,
+    k_ptr,
+    lse_ptr,
+    cu_seqlens_ptr,
+    key_bounds_ptr,
+    scores_ptr,
+    num_sequences,
+    first_tile,
+    columns,
+    span,
+    scale,
+    STRIDE_Q: tl.constexpr,
+    STRIDE_K: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    KERNEL_STRIDE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Importance of a span of tiles of blocks for a tile of tokens: probabilities of the windows that overlap each.
+
+    A tile holds the windows that begin in its BLOCKS blocks, WINDOWS (a power of two) for each; a window may reach into
+    the next block, and that of a tile's last block into the next tile. A span begins a tile early to know those.
+
+    Grid: (span of tiles of blocks, tile of tokens of the chunk, last first; kv head).
+    Owns: scores [chunk's token, kv head, block] of its eligible pairs, by plain stores.
+    Invariant: after n steps, `reached` is what the last block of the n-th tile gives to the block after it.
+    """
+    PER_BLOCK: tl.constexpr = BLOCK_SIZE // KERNEL_STRIDE
+    head = tl.program_id(2)
+    slot = tl.num_programs(1) - 1 - tl.program_id(1)
+    sequence, token_start, length, first_token = tile_of_rows(
+        first_tile + slot, cu_seqlens_ptr, num_sequences, 1, TOKENS
+    )
+    last_token = tl.minimum(first_token + TOKENS, length) - 1
+    first = tl.program_id(0) * span
+    if (first_token >= length) | (first * BLOCKS > last_token // BLOCK_SIZE):
+        return
+    in_tile = tl.arange(0, TOKENS)
+    token = first_token + in_tile
+    mask = token < length
+    end = interval_end(token, KERNEL_SIZE, KERNEL_STRIDE)
+    key_start = tl.load(key_bounds_ptr + sequence)
+    num_keys = tl.load(key_bounds_ptr + sequence + 1) - key_start
+    in_pack = (token_start + token).to(tl.int64)
+    k_ptr += key_start.to(tl.int64) * STRIDE_K + head * DIM
+    q_0, lse_0 = _load_head(q_ptr, lse_ptr, in_pack, head * GROUP, mask, STRIDE_Q, NUM_HEADS, DIM)
+    if RESIDENT and GROUP > 1:
+        q_1, lse_1 = _load_head(q_ptr, lse_ptr, in_pack, head * GROUP + 1, mask, STRIDE_Q, NUM_HEADS, DIM)
+    if RESIDENT and GROUP > 2:
+        q_2, lse_2 = _load_head(q_ptr, lse_ptr, in_pack, head * GROUP + 2, mask, STRIDE_Q, NUM_HEADS, DIM)
+    if RESIDENT and GROUP > 3:
+        q_3, lse_3 = _load_head(q_ptr, lse_ptr, in_pack, head * GROUP + 3, mask, STRIDE_Q, NUM_HEADS, DIM)
+    column = tl.arange(0, BLOCKS * WINDOWS)
+    in_block = tl.arange(0, WINDOWS)
+    own = _overlap(in_block, 0, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE).to(tl.float32)
+    own = tl.where(in_block < PER_BLOCK, own, 0.0)[None, None, :]
+    reach = _overlap(in_block, 1, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE).to(tl.float32)
+    reach = tl.where(in_block < PER_BLOCK, reach, 0.0)[None, None, :]
+    in_row = (slot * TOKENS + in_tile).to(tl.int64) * (NUM_HEADS // GROUP) + head
+    scores_ptr += in_row[:, None] * columns
+    offs = tl.arange(0, BLOCKS)
+    before = tl.broadcast_to(tl.maximum(offs - 1, 0)[None, :], [TOKENS, BLOCKS])
+    reached = tl.zeros([TOKENS], tl.float32)
+    tiles = tl.minimum(first + span, last_token // BLOCK_SIZE // BLOCKS + 1)
+    for tile in tl.range(tl.maximum(first - 1, 0), tiles, num_stages=STAGES):
+        key = (tile * BLOCKS + column // WINDOWS) * PER_BLOCK + column % WINDOWS
+        there = (key < num_keys) & (column % WINDOWS < PER_BLOCK)
+        k = load_rows(k_ptr, key.to(tl.int64) * STRIDE_K, there, DIM, padded_dim(DIM))  # [KEYS, D]
+        p = _probabilities(q_0, k, lse_0, scale)
+        if RESIDENT:
+            if GROUP > 1:
+                p += _probabilities(q_1, k, lse_1, scale)
+            if GROUP > 2:
+                p += _probabilities(q_2, k, lse_2, scale)
+            if GROUP > 3:
+                p += _probabilities(q_3, k, lse_3, scale)
+        else:
+            for g in tl.range(1, GROUP):
+                q, lse = _load_head(q_ptr, lse_ptr, in_pack, head * GROUP + g, mask, STRIDE_Q, NUM_HEADS, DIM)
+                p += _probabilities(q, k, lse, scale)
+        p = tl.where(key[None, :] < end[:, None], p, 0.0)
+        p = tl.reshape(p, [TOKENS, BLOCKS, WINDOWS])
+        scores = tl.sum(p * own, 2)
+        if KERNEL_SIZE > KERNEL_STRIDE:
+            next_block = tl.sum(p * reach, 2)
+            scores += tl.where(offs[None, :] == 0, reached[:, None], tl.gather(next_block, before, 1))
+            reached = tl.sum(tl.where(offs[None, :] == BLOCKS - 1, next_block, 0.0), 1)
+        block = tile * BLOCKS + offs
+        stored = mask[:, None] & (block[None, :] <= token[:, None] // BLOCK_SIZE) & (tile >= first)
+        tl.store(scores_ptr + block[None, :], scores, mask=stored)
+
+
+@triton.jit(do_not_specialize=["num_sequences", "first_tile", "columns"])
+def _pick_blocks_kernel(
+    scores_ptr,
+    cu_seqlens_ptr,
+    indices_ptr,
+    num_sequences,
+    first_tile,
+    columns,
+    HEADS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SLOTS_PADDED: tl.constexpr,
+    INIT_BLOCKS: tl.constexpr,
+    LOCAL_BLOCKS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The blocks that a (token, kv head) keeps: forced ones, then those of the largest scores, ties to the lower one.
+
+    Scores are at least 0, so that their bits are ordered as they are. Worked example, 2 of 4 blocks, scores 3 5 3 1:
+    the least score kept is 3; one block lies above it and one of two that tie is wanted, the lower: 0 and 1.
+
+    Grid: (token of the chunk, kv head).
+    Owns: the T indices of its token and head, by plain stores.
+    Invariant: `low` or more is the score of at least as many blocks as are wanted, `high` or more of fewer.
+    """
+    head = tl.program_id(1)
+    tile = first_tile + tl.program_id(0) // TOKENS
+    _, token_start, length, first_token = tile_of_rows(tile, cu_seqlens_ptr, num_sequences, 1, TOKENS)
+    token = first_token + tl.program_id(0) % TOKENS
+    if token >= length:
+        return
+    # geometry.num_eligible_blocks
+    eligible = token // BLOCK_SIZE + 1
+    block = tl.arange(0, COLUMNS)
+    row = tl.program_id(0).to(tl.int64) * HEADS + head
+    score = tl.load(scores_ptr + row * columns + block, mask=block < eligible, other=0.0)
+    # The larger of the two drops NaN.
+    bits = tl.maximum(score, 0.0).to(tl.int32, bitcast=True)
+    # geometry.first_local_block
+    forced = (block < eligible) & ((block < INIT_BLOCKS) | (block >= eligible - LOCAL_BLOCKS))
+    num_forced = tl.sum(forced.to(tl.int32))
+    wanted = tl.minimum(SLOTS, eligible) - num_forced
+    bits = tl.where((block < eligible) & (forced == 0) & (wanted > 0), bits, -1)
+    low = wanted * 0
+    high = tl.max(bits) + 1
+    at_low = tl.where(wanted > 0, eligible - num_forced, 0)
+    while (high - low > 1) & (at_low != wanted):
+        middle = low + (high - low) // 2
+        count = tl.sum((bits >= middle).to(tl.int32))
+        enough = count >= wanted
+        low = tl.where(enough, middle, low)
+        at_low = tl.where(enough, count, at_low)
+        high = tl.where(enough, high, middle)
+    high = tl.where(at_low == wanted, low, high)
+    kept = forced | (bits >= high)
+    tied = (bits >= low) & (bits < high)
+    missing = tl.minimum(SLOTS, eligible) - tl.sum(kept.to(tl.int32))
+    before = tl.cumsum(kept.to(tl.int32) + tied.to(tl.int32) * TIE)
+    ties_before = before // TIE
+    slot = before % TIE + tl.minimum(ties_before, missing) - 1
+    indices_ptr += ((token_start + token).to(tl.int64) * HEADS + head) * SLOTS
+    tl.store(indices_ptr + slot, block, mask=kept | (tied & (ties_before <= missing)))
+    unused = tl.arange(0, SLOTS_PADDED)
+    tl.store(indices_ptr + unused, unused * 0 - 1, mask=(unused >= eligible) & (unused < SLOTS))

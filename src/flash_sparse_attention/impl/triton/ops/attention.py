@@ -1,0 +1,315 @@
+"""The whole attention as one operator: three branches and their gated sum.
+
+Its backward pass is more than those of the operators in a row. The gates become shifts of the softmax (see
+`..delta`), so that all branches share the gradient of the output; the gradient of q is added up in place; and what is
+not wanted in memory is computed again, a branch at a time.
+
+    forward    compressed -> selection -> selected     window     gated sum
+    saved      q, k, v, ... and the selection; out and lse of each branch, but for those to be computed again
+    backward   shifts, d_gates -> selected (dq =) -> window (dq +=) -> compressed (dq +=)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ....config import NSAConfig
+from ....types import NSAOutput, SequenceLayout
+from ....validation import bad
+from ..block_scores import MOST_SLOTS, launch_select_blocks
+from ..combine import launch_combine
+from ..delta import launch_gated_shifts
+from ..interval import IntervalSizes, launch_interval_dkv, launch_interval_dq, launch_interval_fwd
+from ..primitives import dense_rows
+from ..tuning import interval_schedule, score_tiles
+from .interval import key_bounds
+from .selected import MAX_PAIRS, attend_selected, differentiate_selected, kept_index, nothing
+
+
+class Sizes(NamedTuple):
+    """The numbers of a call, as the custom operators take them.
+
+    Attributes:
+        max_length: tokens of the longest sequence.
+        kernel_size, ..., window_size: as in `NSAConfig`.
+        softmax_scale, loop_order, workspace_mib: as in `nsa_attention`.
+        recompute: names of what is computed again, with a comma between them.
+    """
+
+    max_length: int
+    kernel_size: int
+    kernel_stride: int
+    block_size: int
+    num_selected_blocks: int
+    num_init_blocks: int
+    num_local_blocks: int
+    window_size: int
+    softmax_scale: float
+    loop_order: str
+    workspace_mib: int
+    recompute: str
+
+    @property
+    def compressed(self) -> IntervalSizes:
+        """Of the compressed branch."""
+        return IntervalSizes(self.kernel_size, self.kernel_stride, 0, self.softmax_scale)
+
+    @property
+    def window(self) -> IntervalSizes:
+        """Of the sliding window."""
+        return IntervalSizes(1, 1, self.window_size, self.softmax_scale)
+
+    @property
+    def selected(self) -> tuple[int, float, str, int]:
+        """What selected attention takes."""
+        return self.block_size, self.softmax_scale, self.loop_order, self.workspace_mib
+
+    def keeps(self, part: str) -> bool:
+        """Whether a part is saved for the backward pass."""
+        return part not in self.recompute.split(",")
+
+
+def nsa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_compressed: Tensor,
+    v_compressed: Tensor,
+    k_window: Tensor,
+    v_window: Tensor,
+    gates: Tensor,
+    config: NSAConfig,
+    layout: SequenceLayout,
+    softmax_scale: float,
+    loop_order: str = "auto",
+    workspace_mib: int = 1024,
+    recompute: tuple[str, ...] = (),
+) -> NSAOutput:
+    """The gated sum of the branches `[N, Hq, Dv]` and the selection int32 `[N, Hk, T]`, by Triton kernels.
+
+    Args:
+        q: `[N, Hq, Dk]`; k, k_window: `[N, Hk, Dk]`; v, v_window: `[N, Hk, Dv]`; k_compressed: `[M, Hk, Dk]`;
+            v_compressed: `[M, Hk, Dv]`; gates: `[N, Hq, 3]` or `[N, 1, 3]`.
+        config: the sizes.
+        layout: of the N tokens.
+        softmax_scale: factor of the scores.
+        loop_order, workspace_mib, recompute: see `functional.nsa_attention`.
+
+    Raises:
+        ValueError: if the selection has 2**31 entries or more, or more than `MOST_SLOTS` a query.
+    """
+    slots = config.num_selected_blocks
+    if slots > MOST_SLOTS:
+        raise bad("num_selected_blocks", f"at most {MOST_SLOTS} with impl='triton'", slots)
+    if q.shape[0] * k.shape[1] * slots >= MAX_PAIRS:
+        entries = q.shape[0] * k.shape[1] * slots
+        raise bad("q", f"with fewer than {MAX_PAIRS} entries of a selection N * Hk * T", entries, "split the pack")
+    sizes = Sizes(
+        layout.max_length,
+        config.kernel_size,
+        config.kernel_stride,
+        config.block_size,
+        slots,
+        config.num_init_blocks,
+        config.num_local_blocks,
+        config.window_size,
+        softmax_scale,
+        loop_order,
+        workspace_mib,
+        ",".join(recompute),
+    )
+    tensors = q, k, v, k_compressed, v_compressed, k_window, v_window, gates, layout.cu_seqlens
+    out, block_indices, *_ = _nsa_attention(*tensors, *sizes)
+    return NSAOutput(out, block_indices)
+
+
+@torch.library.custom_op("flash_sparse_attention::nsa_attention_triton", mutates_args=())
+def _nsa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_compressed: Tensor,
+    v_compressed: Tensor,
+    k_window: Tensor,
+    v_window: Tensor,
+    gates: Tensor,
+    cu_seqlens: Tensor,
+    max_length: int,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    num_selected_blocks: int,
+    num_init_blocks: int,
+    num_local_blocks: int,
+    window_size: int,
+    softmax_scale: float,
+    loop_order: str,
+    workspace_mib: int,
+    recompute: str,
+) -> list[Tensor]:
+    """out, block_indices; out and lse of the compressed, the selected and the window branch; the inverted index.
+
+    Outputs and index that are not kept are empty.
+    """
+    sizes = Sizes(
+        max_length, kernel_size, kernel_stride, block_size, num_selected_blocks, num_init_blocks, num_local_blocks,
+        window_size, softmax_scale, loop_order, workspace_mib, recompute,
+    )  # fmt: skip
+    if q.shape[0] == 0:
+        return _empty_outputs(q, k, v, cu_seqlens, sizes)
+    q, k, v, k_compressed, v_compressed, k_window, v_window = map(
+        dense_rows, (q, k, v, k_compressed, v_compressed, k_window, v_window)
+    )
+    bounds = cu_seqlens, key_bounds(cu_seqlens, kernel_size, kernel_stride)
+    out_compressed, lse_compressed = _attend_compressed(q, k_compressed, v_compressed, *bounds, sizes)
+    block_indices = launch_select_blocks(
+        q, k_compressed, lse_compressed, *bounds, max_length, kernel_size, kernel_stride, block_size,
+        num_selected_blocks, num_init_blocks, num_local_blocks, softmax_scale, score_tiles(q.shape[2], q.dtype),
+    )  # fmt: skip
+    out_selected, lse_selected, *index = attend_selected(
+        q, k, v, block_indices, cu_seqlens, *sizes.selected, sizes.keeps("index")
+    )
+    out_window, lse_window = _attend_window(q, k_window, v_window, cu_seqlens, sizes)
+    out = launch_combine((out_compressed, out_selected, out_window), gates)
+    branches = {
+        "compressed": (out_compressed, lse_compressed),
+        "selected": (out_selected, lse_selected),
+        "window": (out_window, lse_window),
+    }
+    saved = [
+        x if x is lse or sizes.keeps(name) else out.new_empty(0)
+        for name, (y, lse) in branches.items()
+        for x in (y, lse)
+    ]
+    return [out, block_indices, *saved, *index]
+
+
+@torch.library.custom_op("flash_sparse_attention::nsa_attention_triton_backward", mutates_args=())
+def _nsa_attention_backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_compressed: Tensor,
+    v_compressed: Tensor,
+    k_window: Tensor,
+    v_window: Tensor,
+    gates: Tensor,
+    cu_seqlens: Tensor,
+    saved: list[Tensor],
+    max_length: int,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    num_selected_blocks: int,
+    num_init_blocks: int,
+    num_local_blocks: int,
+    window_size: int,
+    softmax_scale: float,
+    loop_order: str,
+    workspace_mib: int,
+    recompute: str,
+) -> list[Tensor]:
+    """Gradients of q, k, v, k_compressed, v_compressed, k_window, v_window and gates."""
+    given = q, k, v, k_compressed, v_compressed, k_window, v_window
+    if q.shape[0] == 0:
+        return [*(x.new_zeros(x.shape) for x in given), gates.new_zeros(gates.shape)]
+    sizes = Sizes(
+        max_length, kernel_size, kernel_stride, block_size, num_selected_blocks, num_init_blocks, num_local_blocks,
+        window_size, softmax_scale, loop_order, workspace_mib, recompute,
+    )  # fmt: skip
+    d_out, q, k, v, k_compressed, v_compressed, k_window, v_window = map(dense_rows, (d_out, *given))
+    bounds = cu_seqlens, key_bounds(cu_seqlens, kernel_size, kernel_stride)
+    block_indices, out_compressed, lse_compressed, out_selected, lse_selected, out_window, lse_window, *index = saved
+    if not sizes.keeps("compressed"):
+        out_compressed, _ = _attend_compressed(q, k_compressed, v_compressed, *bounds, sizes)
+    if not sizes.keeps("selected"):
+        out_selected, _, *index = attend_selected(
+            q, k, v, block_indices, cu_seqlens, *sizes.selected, sizes.keeps("index")
+        )
+    if not sizes.keeps("window"):
+        out_window, _ = _attend_window(q, k_window, v_window, cu_seqlens, sizes)
+    outs, lses = (out_compressed, out_selected, out_window), (lse_compressed, lse_selected, lse_window)
+    shift, delta, d_gates = launch_gated_shifts(d_out, outs, lses, gates)
+    del outs, out_compressed, out_selected, out_window
+    place, pairs, run_ends = index
+    dq, dk, dv = differentiate_selected(
+        d_out, q, k, v, block_indices, cu_seqlens, shift[1], delta[1], place, pairs, run_ends, *sizes.selected
+    )
+    schedule = interval_schedule(q.shape[2], v.shape[2], q.dtype, windowed=True)
+    window = d_out, q, k_window, v_window, shift[2], delta[2], cu_seqlens, cu_seqlens, sizes.window
+    launch_interval_dq(*window, schedule.dq, dq, add=True)
+    d_window = launch_interval_dkv(*window, schedule.dkv)
+    schedule = interval_schedule(q.shape[2], v.shape[2], q.dtype, windowed=False)
+    compressed = d_out, q, k_compressed, v_compressed, shift[0], delta[0], *bounds, sizes.compressed
+    launch_interval_dq(*compressed, schedule.dq, dq, add=True)
+    d_compressed = launch_interval_dkv(*compressed, schedule.dkv)
+    return [dq, dk, dv, *d_compressed, *d_window, d_gates]
+
+
+def _attend_compressed(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, bounds: Tensor, sizes: Sizes
+) -> tuple[Tensor, Tensor]:
+    tiles = interval_schedule(q.shape[2], v.shape[2], q.dtype, windowed=False).forward
+    return launch_interval_fwd(q, k, v, cu_seqlens, bounds, sizes.compressed, tiles)
+
+
+def _attend_window(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+    tiles = interval_schedule(q.shape[2], v.shape[2], q.dtype, windowed=True).forward
+    return launch_interval_fwd(q, k, v, cu_seqlens, cu_seqlens, sizes.window, tiles)
+
+
+def _empty_outputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sizes: Sizes) -> list[Tensor]:
+    """What `_nsa_attention` returns, with nothing in it."""
+    (tokens, heads, _), dim = q.shape, v.shape[2]
+    out = q.new_empty(tokens, heads, dim)
+    indices = q.new_empty(tokens, k.shape[1], sizes.num_selected_blocks, dtype=torch.int32)
+    saved = []
+    for name in ("compressed", "selected", "window"):
+        saved.append(torch.empty_like(out) if sizes.keeps(name) else out.new_empty(0))
+        saved.append(q.new_empty(tokens, heads, dtype=torch.float32))
+    index = nothing(q)
+    if sizes.keeps("index") and tokens > 0:
+        index = kept_index(q, k, v, indices, cu_seqlens, sizes.block_size, sizes.loop_order, sizes.workspace_mib)
+    return [out, indices, *saved, *index]
+
+
+@_nsa_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, k_compressed: Tensor, v_compressed: Tensor, k_window: Tensor, v_window: Tensor,
+    gates: Tensor, cu_seqlens: Tensor, max_length: int, kernel_size: int, kernel_stride: int, block_size: int,
+    num_selected_blocks: int, num_init_blocks: int, num_local_blocks: int, window_size: int, softmax_scale: float,
+    loop_order: str, workspace_mib: int, recompute: str,
+) -> list[Tensor]:  # fmt: skip
+    sizes = Sizes(
+        max_length, kernel_size, kernel_stride, block_size, num_selected_blocks, num_init_blocks, num_local_blocks,
+        window_size, softmax_scale, loop_order, workspace_mib, recompute,
+    )  # fmt: skip
+    return _empty_outputs(q, k, v, cu_seqlens, sizes)
+
+
+@_nsa_attention_backward.register_fake
+def _(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, k_compressed: Tensor, v_compressed: Tensor, k_window: Tensor,
+    v_window: Tensor, gates: Tensor, cu_seqlens: Tensor, saved: list[Tensor], max_length: int, kernel_size: int,
+    kernel_stride: int, block_size: int, num_selected_blocks: int, num_init_blocks: int, num_local_blocks: int,
+    window_size: int, softmax_scale: float, loop_order: str, workspace_mib: int, recompute: str,
+) -> list[Tensor]:  # fmt: skip
+    return [x.new_empty(x.shape) for x in (q, k, v, k_compressed, v_compressed, k_window, v_window, gates)]
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:9], *output[1:])
+    ctx.sizes = inputs[9:]
+
+
+def _differentiate(ctx, grads):
+    inputs, saved = ctx.saved_tensors[:9], list(ctx.saved_tensors[9:])
+    gradients = _nsa_attention_backward(grads[0], *inputs, saved, *ctx.sizes)
+    return (*gradients, None, *(None for _ in ctx.sizes))
+
+
+_nsa_attention.register_autograd(_differentiate, setup_context=_save)
