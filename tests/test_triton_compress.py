@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ class Case:
 def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of them takes the interpreter milliseconds."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        from flash_sparse_attention.impl.triton import compress
+        compress = importlib.import_module("flash_sparse_attention.impl.triton.compress")
 
         monkeypatch.setattr(compress, "DWEIGHT_PROGRAMS", 1)
 
@@ -149,7 +150,7 @@ def test_output_and_gradients(case: Case, kind: str):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_small_tiles(kind: str, monkeypatch: pytest.MonkeyPatch):
-    from flash_sparse_attention.impl.triton import compress
+    compress = importlib.import_module("flash_sparse_attention.impl.triton.compress")
 
     small = compress.ProductTiles(rows=16, columns=16, depth=16, warps=4, stages=2)
     monkeypatch.setattr(compress, "SINGLE_TILES", small)
@@ -183,7 +184,7 @@ def test_no_windows(lengths: tuple[int, ...], kind: str):
 
 @pytest.mark.parametrize("lengths", [(), (0,), (5,), (8,), (31, 0, 7, 8, 9, 100), (3, 17) * 40], ids=str)
 def test_key_bounds(lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch):
-    from flash_sparse_attention.impl.triton import compress
+    compress = importlib.import_module("flash_sparse_attention.impl.triton.compress")
 
     layout = SequenceLayout.from_lengths(lengths)
     expected = layout.compressed(8, 4).cu_seqlens

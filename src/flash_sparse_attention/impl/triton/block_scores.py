@@ -17,17 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from .interval import interval_end
-from .primitives import exp_shifted, load_rows, padded, padded_dim, positive_scale, tile_of_rows
+from .primitives import exp_shifted, load_rows, padded, padded_dim, positive_scale, tile_descriptor, tile_of_rows
 from .tuning import ScoreTiles
 
 # Bytes of the scores of a chunk of tokens, and programs that a chunk is to have.
 SCORE_BYTES, SCORE_PROGRAMS = 256 << 20, 1024
 # Blocks that a warp keeps in registers; and those of the smallest kernel, of which there is one for each power of two.
 PICK_COLUMNS, LEAST_COLUMNS = 1024, 128
-PICK_REGISTERS = None
-# A running count of the blocks that are kept, and this many times those that tie.
-TIE = tl.constexpr(2048)
-MOST_SLOTS = 2047
+# Blocks that a query may keep; each is compared with each.
+MOST_SLOTS = 256
 
 
 def launch_select_blocks(
@@ -63,6 +61,7 @@ def launch_select_blocks(
     q, softmax_scale = positive_scale(q, softmax_scale)
     windows = padded(block_size // kernel_stride, 1)
     blocks = max(1, tiles.keys // windows)
+    k_desc = tile_descriptor(k, blocks * windows) if windows == block_size // kernel_stride else None
     token_tiles = total_tokens // tiles.tokens + num_sequences
     most_blocks = triton.cdiv(max_length, block_size)
     chunk = min(token_tiles, max(1, SCORE_BYTES // (4 * tiles.tokens * num_kv_heads * most_blocks)))
@@ -75,15 +74,16 @@ def launch_select_blocks(
         spans = min(block_tiles, triton.cdiv(SCORE_PROGRAMS, some * num_kv_heads))
         span = triton.cdiv(block_tiles, spans)
         _block_scores_kernel[(triton.cdiv(block_tiles, span), some, num_kv_heads)](
-            q, k, lse, cu_seqlens, key_bounds, scores, num_sequences, first_tile, columns, span, softmax_scale,
+            q, k, k_desc, lse, cu_seqlens, key_bounds, scores, num_sequences, first_tile, columns, span, softmax_scale,
             q.stride(0), k.stride(0), num_heads, group, dim, kernel_size, kernel_stride, block_size,
             tiles.tokens, blocks, windows, group <= tiles.resident, tiles.stages, num_warps=tiles.warps,
         )  # fmt: skip
         held = padded(columns, LEAST_COLUMNS)
+        warps = min(max(1, held // PICK_COLUMNS), 16)
         _pick_blocks_kernel[(some * tiles.tokens, num_kv_heads)](
             scores, cu_seqlens, indices, num_sequences, first_tile, columns, num_kv_heads, tiles.tokens, block_size,
-            num_selected_blocks, padded(num_selected_blocks), num_init_blocks, num_local_blocks, held,
-            num_warps=min(max(1, held // PICK_COLUMNS), 16), maxnreg=PICK_REGISTERS,
+            num_selected_blocks, padded(num_selected_blocks), num_init_blocks, num_local_blocks, held, 32 * warps,
+            num_warps=warps,
         )  # fmt: skip
     return indices
 
@@ -115,6 +115,7 @@ def _probabilities(q, k, lse, scale):
 def _block_scores_kernel(
     q_ptr,
     k_ptr,
+    k_desc,
     lse_ptr,
     cu_seqlens_ptr,
     key_bounds_ptr,
@@ -187,7 +188,11 @@ def _block_scores_kernel(
     for tile in tl.range(tl.maximum(first - 1, 0), tiles, num_stages=STAGES):
         key = (tile * BLOCKS + column // WINDOWS) * PER_BLOCK + column % WINDOWS
         there = (key < num_keys) & (column % WINDOWS < PER_BLOCK)
-        k = load_rows(k_ptr, key.to(tl.int64) * STRIDE_K, there, DIM, padded_dim(DIM))  # [KEYS, D]
+        if k_desc is None:
+            k = load_rows(k_ptr, key.to(tl.int64) * STRIDE_K, there, DIM, padded_dim(DIM))  # [KEYS, D]
+        else:
+            # What lies behind the last key may be anything: those probabilities are replaced.
+            k = k_desc.load([key_start + tile * (BLOCKS * WINDOWS), head * DIM])
         p = _probabilities(q_0, k, lse_0, scale)
         if RESIDENT:
             if GROUP > 1:
@@ -228,15 +233,18 @@ def _pick_blocks_kernel(
     INIT_BLOCKS: tl.constexpr,
     LOCAL_BLOCKS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """The blocks that a (token, kv head) keeps: forced ones, then those of the largest scores, ties to the lower one.
 
-    Scores are at least 0, so that their bits are ordered as they are. Worked example, 2 of 4 blocks, scores 3 5 3 1:
-    the least score kept is 3; one block lies above it and one of two that tie is wanted, the lower: 0 and 1.
+    Scores are at least 0, so that their bits are ordered as they are; forced blocks get the largest bits of all. The
+    `wanted`-th largest of the maxima of groups of four is a bound below which nothing is kept; few lie above it that
+    are not, and those are dropped from the least on. Worked example, 2 of scores 3 5 3 1 | 2 1 0 0: the maxima are 5
+    and 2, the bound is 2; of 3 5 3 2 first 2 is dropped, then of the two that tie at 3 the higher block.
 
     Grid: (token of the chunk, kv head).
     Owns: the T indices of its token and head, by plain stores.
-    Invariant: `low` or more is the score of at least as many blocks as are wanted, `high` or more of fewer.
+    Invariant: `low` or more is the score of `found` blocks, which are at least as many as are wanted.
     """
     head = tl.program_id(1)
     tile = first_tile + tl.program_id(0) // TOKENS
@@ -246,34 +254,51 @@ def _pick_blocks_kernel(
         return
     # geometry.num_eligible_blocks
     eligible = token // BLOCK_SIZE + 1
+    wanted = tl.minimum(SLOTS, eligible)
     block = tl.arange(0, COLUMNS)
     row = tl.program_id(0).to(tl.int64) * HEADS + head
     score = tl.load(scores_ptr + row * columns + block, mask=block < eligible, other=0.0)
     # The larger of the two drops NaN.
     bits = tl.maximum(score, 0.0).to(tl.int32, bitcast=True)
     # geometry.first_local_block
-    forced = (block < eligible) & ((block < INIT_BLOCKS) | (block >= eligible - LOCAL_BLOCKS))
-    num_forced = tl.sum(forced.to(tl.int32))
-    wanted = tl.minimum(SLOTS, eligible) - num_forced
-    bits = tl.where((block < eligible) & (forced == 0) & (wanted > 0), bits, -1)
+    bits = tl.where((block < INIT_BLOCKS) | (block >= eligible - LOCAL_BLOCKS), 0x7FFFFFFF, bits)
+    bits = tl.where(block < eligible, bits, -1)
+
+    # In groups of elements that one thread holds.
+    best = tl.reshape(tl.max(tl.reshape(bits, [COLUMNS // (4 * LANES), 4, LANES]), 1), [COLUMNS // 4])
+    found = tl.sum((best >= 0).to(tl.int32))
     low = wanted * 0
-    high = tl.max(bits) + 1
-    at_low = tl.where(wanted > 0, eligible - num_forced, 0)
-    while (high - low > 1) & (at_low != wanted):
+    high = low + 0x7FFFFFFF
+    while (high - low > 1) & (found > wanted):
         middle = low + (high - low) // 2
-        count = tl.sum((bits >= middle).to(tl.int32))
+        count = tl.sum((best >= middle).to(tl.int32))
         enough = count >= wanted
         low = tl.where(enough, middle, low)
-        at_low = tl.where(enough, count, at_low)
+        found = tl.where(enough, count, found)
         high = tl.where(enough, high, middle)
-    high = tl.where(at_low == wanted, low, high)
-    kept = forced | (bits >= high)
-    tied = (bits >= low) & (bits < high)
-    missing = tl.minimum(SLOTS, eligible) - tl.sum(kept.to(tl.int32))
-    before = tl.cumsum(kept.to(tl.int32) + tied.to(tl.int32) * TIE)
-    ties_before = before // TIE
-    slot = before % TIE + tl.minimum(ties_before, missing) - 1
+
+    found = tl.sum((bits >= low).to(tl.int32))
+    while found > wanted:
+        least = tl.min(tl.where(bits >= low, bits, 0x7FFFFFFF))
+        tied = bits == least
+        ties = tl.sum(tied.to(tl.int32))
+        # All that tie are dropped, or only the highest blocks among them.
+        spare = tl.where(found - ties >= wanted, 0, ties - (found - wanted))
+        if spare > 0:
+            bits = tl.where(tied & (tl.cumsum(tied.to(tl.int32)) > spare), -1, bits)
+        low = least + (spare == 0).to(tl.int32)
+        found = tl.maximum(found - ties, wanted)
+
+    # Slots in the order of threads, which hold their elements at a distance of LANES; then in that of blocks.
+    kept = tl.reshape((bits >= low).to(tl.int32), [COLUMNS // LANES, LANES])
+    of_lane = tl.sum(kept, 0)
+    slot = tl.cumsum(kept, 0) + (tl.cumsum(of_lane) - of_lane)[None, :] - 1
     indices_ptr += ((token_start + token).to(tl.int64) * HEADS + head) * SLOTS
-    tl.store(indices_ptr + slot, block, mask=kept | (tied & (ties_before <= missing)))
-    unused = tl.arange(0, SLOTS_PADDED)
-    tl.store(indices_ptr + unused, unused * 0 - 1, mask=(unused >= eligible) & (unused < SLOTS))
+    tl.store(indices_ptr + slot, tl.reshape(block, [COLUMNS // LANES, LANES]), mask=kept > 0)
+    tl.debug_barrier()
+    slots = tl.arange(0, SLOTS_PADDED)
+    used = slots < wanted
+    chosen = tl.load(indices_ptr + slots, mask=used, other=0x7FFFFFFF)
+    tl.debug_barrier()
+    rank = tl.sum((chosen[None, :] < chosen[:, None]).to(tl.int32), 1)
+    tl.store(indices_ptr + tl.where(used, rank, slots), tl.where(used, chosen, -1), mask=slots < SLOTS)

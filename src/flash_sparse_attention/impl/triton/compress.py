@@ -364,6 +364,19 @@ def launch_compress_linear(
     return out
 
 
+@triton.jit
+def _add_product(a, b, part, total, whole):
+    """Adds a product to a sum; for float32 in two levels, `part` joining `total` where it is whole.
+
+    A sum of thousands of terms one by one is several times less exact.
+    """
+    part = tl.dot(a, b, part, input_precision="ieee")
+    if a.dtype == tl.float32:
+        total += tl.where(whole, part, 0.0)
+        part = tl.where(whole, 0.0, part)
+    return part, total
+
+
 @triton.jit(do_not_specialize=["num_windows", "num_sequences"])
 def _compress_linear_kernel(
     x_ptr,
@@ -404,6 +417,7 @@ def _compress_linear_kernel(
     x_rows = start.to(tl.int64) * STRIDE_X + head * DIM
     weight_ptr += head.to(tl.int64) * (KERNEL_SIZE * DIM * WIDTH)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    part = tl.zeros([ROWS, COLUMNS], tl.float32)
     for step in tl.range(0, KERNEL_SIZE * PARTS, num_stages=STAGES):
         position = step // PARTS
         first = step % PARTS * DEPTH
@@ -414,7 +428,8 @@ def _compress_linear_kernel(
             weight = _load_part(weight_ptr, weight_rows, None, first_column, WIDTH, COLUMNS)  # [DEPTH, COLUMNS]
         else:
             weight = _load_part(weight_ptr, weight_rows, offs < DIM, first_column, WIDTH, COLUMNS)
-        total = tl.dot(x, weight, total, input_precision="ieee")
+        part, total = _add_product(x, weight, part, total, step % PARTS == PARTS - 1)
+    total += part
     if WITH_BIAS:
         column = first_column + tl.arange(0, COLUMNS)
         total += tl.load(bias_ptr + head * WIDTH + column, mask=column < WIDTH, other=0.0)[None, :]

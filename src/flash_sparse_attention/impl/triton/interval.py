@@ -22,7 +22,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .primitives import (
     LN_2,
@@ -30,10 +29,10 @@ from .primitives import (
     exp_below,
     exp_shifted,
     load_rows,
-    padded,
     padded_dim,
     positive_scale,
     store_rows,
+    tile_descriptor,
     tile_of_rows,
 )
 from .tuning import IntervalTiles, launch_options
@@ -142,18 +141,12 @@ def launch_interval_dkv(
 
 
 def _descriptors(k: Tensor, v: Tensor, sizes: IntervalSizes, tiles: IntervalTiles):
-    """Descriptors of k and v, by which a device that can (sm_90 on) copies whole tiles; None where one is not possible.
+    """Descriptors of k and v, if both are possible and there are tiles that need no mask.
 
-    Copies start at 16 bytes, and tiles that need a mask go without: what lies behind the last key may be anything.
+    Those that need one go without: what lies behind the last key may be anything, and 0 times NaN is NaN.
     """
-    dims_fit = all(x.shape[2] == padded(x.shape[2]) for x in (k, v))
-    aligned = all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in (k, v))
-    if sizes.window_size > 0 or not dims_fit or not aligned or k.shape[0] < tiles.keys:
-        return None, None
-    return tuple(
-        TensorDescriptor(x, [x.shape[0], x.shape[1] * x.shape[2]], [x.stride(0), 1], [tiles.keys, x.shape[2]])
-        for x in (k, v)
-    )
+    both = tile_descriptor(k, tiles.keys), tile_descriptor(v, tiles.keys)
+    return (None, None) if sizes.window_size > 0 or None in both else both
 
 
 # Programs of the dK, dV kernel: enough to fill a device several times, as those of late keys have little to do. Each

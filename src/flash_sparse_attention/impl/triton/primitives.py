@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 LOG2_E, LN_2 = tl.constexpr(math.log2(math.e)), tl.constexpr(math.log(2))
 
@@ -27,6 +28,18 @@ def dense_rows(x: Tensor) -> Tensor:
     """`x` if its heads are adjacent and their elements contiguous, as in a slice of a fused projection; or a copy."""
     adjacent = x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
     return x if adjacent and x.stride(0) >= x.shape[1] * x.shape[2] else x.contiguous()
+
+
+def tile_descriptor(x: Tensor, rows: int) -> TensorDescriptor | None:
+    """By which devices that can (sm_90 on) copy tiles of so many rows of a head of `x` `[N, H, D]` as a whole.
+
+    None where that is not possible: a copy starts at a multiple of 16 bytes, and its width is a power of two.
+    """
+    (length, heads, dim), size = x.shape, x.element_size()
+    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * size % 16 == 0
+    if dim != padded(dim) or not aligned or length == 0:
+        return None
+    return TensorDescriptor(x, [length, heads * dim], [x.stride(0), 1], [rows, dim])
 
 
 def positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, float]:

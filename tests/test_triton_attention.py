@@ -1,0 +1,195 @@
+"""The branches and the whole attention by Triton kernels, in Triton's interpreter: TRITON_INTERPRET=1 pytest."""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+import pytest
+import torch
+from torch import Tensor
+from torch.library import opcheck
+
+from flash_sparse_attention import Interval, NSAConfig, SequenceLayout, interval_attention, nsa_attention, select_blocks
+from flash_sparse_attention.accuracy import Case, judge
+
+pytestmark = [
+    pytest.mark.interpreter,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # -inf - -inf and log 0, as numpy sees them
+]
+
+
+def sizes(windows_and_blocks: tuple[int, int, int], selected: tuple[int, int, int], window_size: int) -> NSAConfig:
+    """(l, d, l'), (T, of them the first, of them the newest), w."""
+    (kernel_size, kernel_stride, block_size), (slots, init, local) = windows_and_blocks, selected
+    return NSAConfig(
+        kernel_size=kernel_size,
+        kernel_stride=kernel_stride,
+        block_size=block_size,
+        num_selected_blocks=slots,
+        num_init_blocks=init,
+        num_local_blocks=local,
+        window_size=window_size,
+    )
+
+
+SMALL = sizes((8, 4, 16), (3, 1, 1), 20)
+CASES = [
+    Case((40, 0, 1, 21), 4, 2, 16, 16, SMALL),
+    Case((75, 18), 5, 1, 24, 16, sizes((8, 8, 16), (4, 0, 0), 9)),
+    Case((60,), 2, 2, 16, 40, sizes((16, 4, 24), (2, 1, 1), 64)),
+    Case((70,), 16, 1, 16, 16, sizes((4, 4, 4), (5, 1, 2), 33), dtype=torch.float16),
+    Case((35, 9), 4, 2, 16, 16, SMALL, flavour="fused projection"),
+    Case((35, 9), 4, 2, 16, 16, SMALL, dtype=torch.float16, flavour="loud first token"),
+    Case((35, 9), 4, 2, 16, 16, SMALL, dtype=torch.float16, flavour="quiet first token"),
+    Case((35, 9), 4, 2, 16, 16, SMALL, dtype=torch.float16, flavour="large queries"),
+    Case((90, 30), 4, 2, 16, 16, sizes((8, 4, 8), (5, 1, 1), 20), flavour="ties"),
+    Case((35, 9), 4, 2, 16, 16, SMALL, flavour="independent branches"),
+]
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them takes the interpreter milliseconds."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        for module, constant, value in (("interval", "DKV_PROGRAMS", 6), ("block_scores", "SCORE_PROGRAMS", 8)):
+            module = importlib.import_module(f"flash_sparse_attention.impl.triton.{module}")
+            monkeypatch.setattr(module, constant, value)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("operator", ["interval_attention", "select_blocks", "combine", "nsa_attention"])
+def test_within_the_budgets(operator: str, case: Case):
+    rows = list(judge(case, impls=["triton"], operators=[operator]))
+    assert all(row.ok for row in rows), [row for row in rows if not row.ok]
+
+
+def draw(tokens: int, num_windows: int, heads: int = 4, kv_heads: int = 2, dim: int = 16) -> tuple[Tensor, ...]:
+    """q, k and v, wanting gradients."""
+    q = torch.randn(tokens, heads, dim, requires_grad=True)
+    k, v = (torch.randn(num_windows, kv_heads, dim, requires_grad=True) for _ in range(2))
+    return q, k, v
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
+@pytest.mark.parametrize("interval", [Interval(), Interval(8, 4), Interval(4, 2, 5)], ids=str)
+def test_any_interval_and_scale(interval: Interval, scale: float):
+    tokens = 50
+    results = []
+    for impl in ("triton", "reference"):
+        torch.manual_seed(0)
+        x = draw(tokens, interval.num_keys(tokens))
+        out, lse = interval_attention(*x, interval, softmax_scale=scale, impl=impl)
+        loss = (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum() + lse.clamp(min=-1e4).sin().sum()
+        results.append([out, lse, *torch.autograd.grad(loss, x)])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("score_bytes", [1, 1 << 20])
+def test_chunks_and_spans_select_the_same(score_bytes: int, monkeypatch: pytest.MonkeyPatch):
+    block_scores = importlib.import_module("flash_sparse_attention.impl.triton.block_scores")
+    monkeypatch.setattr(block_scores, "SCORE_BYTES", score_bytes)
+    layout = SequenceLayout.from_lengths([75, 0, 21, 3])
+    blocks = {"kernel_size": 4, "kernel_stride": 2, "block_size": 4, "num_selected_blocks": 5}
+    q, k, _ = draw(99, sum(Interval(4, 2).num_keys(n) for n in layout.lengths))
+    lse = torch.randn(99, 4)
+    expected = select_blocks(q, k, lse, **blocks, cu_seqlens=layout, impl="reference")
+    for programs in (1, 1000):
+        monkeypatch.setattr(block_scores, "SCORE_PROGRAMS", programs)
+        assert torch.equal(select_blocks(q, k, lse, **blocks, cu_seqlens=layout, impl="triton"), expected)
+
+
+def test_nan_of_another_sequence_stays_there():
+    layout = SequenceLayout.from_lengths([30, 30])
+    q, k, v = (x.detach() for x in draw(60, 60))
+    gates = torch.zeros(60, 4, 3)
+    clean = nsa_attention(q, k, v, gates, SMALL, cu_seqlens=layout, impl="triton")
+    for x in (q, k, v):
+        x[30:] = torch.nan
+    out, block_indices = nsa_attention(q, k, v, gates, SMALL, cu_seqlens=layout, impl="triton")
+    assert torch.equal(out[:30], clean.out[:30])
+    assert torch.equal(block_indices[:30], clean.block_indices[:30])
+    # What NaN selects is anything, but of the sequence.
+    assert (block_indices >= -1).all()
+    assert (block_indices <= 1).all()
+
+
+def test_computed_again_is_the_same():
+    q, k, v = draw(24, 24)
+    gates = torch.randn(24, 1, 3, requires_grad=True)
+    layout = SequenceLayout.from_lengths([15, 9])
+
+    def gradients(recompute: tuple[str, ...] | str) -> list[Tensor]:
+        out = nsa_attention(q, k, v, gates, SMALL, cu_seqlens=layout, impl="triton", recompute=recompute).out
+        return [out, *torch.autograd.grad(out.square().sum(), (q, k, v, gates))]
+
+    kept = gradients(())
+    for recompute in ("window", ("compressed", "selected", "index")):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(recompute), kept, strict=True))
+    with pytest.raises(ValueError, match="recompute must be one of"):
+        gradients("gates")
+
+
+def test_saves_what_it_says():
+    """Outputs that are to be computed again are not kept, nor is the inverted index."""
+    q, k, v = draw(40, 40)
+    gates = torch.randn(40, 4, 3, requires_grad=True)
+
+    def kept_elements(recompute: tuple[str, ...]) -> int:
+        kept = 0
+
+        def pack(x: Tensor) -> Tensor:
+            nonlocal kept
+            kept += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            nsa_attention(q, k, v, gates, SMALL, impl="triton", recompute=recompute)
+        return kept
+
+    everything = kept_elements(())
+    outputs = [everything - kept_elements((branch,)) for branch in ("compressed", "selected", "window")]
+    assert outputs == [40 * 4 * 16] * 3
+    assert everything - kept_elements(("index",)) > 2 * 40 * 2 * 3
+
+
+def test_operator_contracts():
+    from flash_sparse_attention.impl.triton.ops.attention import Sizes, _nsa_attention
+    from flash_sparse_attention.impl.triton.ops.block_selection import _select_blocks
+    from flash_sparse_attention.impl.triton.ops.combine import _combine
+    from flash_sparse_attention.impl.triton.ops.interval import _interval_attention
+
+    bounds = torch.tensor([0, 15, 30], dtype=torch.int32)
+    q, k, v = draw(30, 30)
+    _, k_compressed, v_compressed = draw(30, 4)
+    gates = torch.randn(30, 4, 3, requires_grad=True)
+    opcheck(_interval_attention, (q, k, v, bounds, 1, 1, 7, 0.25))
+    opcheck(_combine, (*(x.detach().clone().requires_grad_() for x in (q, q, q)), gates))
+    lse = torch.randn(30, 4)
+    opcheck(_select_blocks, (q.detach(), k_compressed.detach(), lse, bounds, 15, 8, 4, 16, 3, 1, 1, 0.25))
+    for recompute in ("", "window,index"):
+        sizes = Sizes(15, 8, 4, 16, 3, 1, 1, 7, 0.25, "auto", 64, recompute)
+        opcheck(_nsa_attention, (q, k, v, k_compressed, v_compressed, k, v, gates, bounds, *sizes))
+
+
+def test_no_tokens_and_no_windows():
+    for tokens in (0, 5):
+        q, k, v = draw(tokens, tokens)
+        gates = torch.randn(tokens, 4, 3, requires_grad=True)
+        out = nsa_attention(q, k, v, gates, SMALL, impl="triton").out
+        expected = nsa_attention(q, k, v, gates, SMALL, impl="reference").out
+        torch.testing.assert_close(out, expected)
+        got = torch.autograd.grad(out.square().sum(), (q, k, v, gates))
+        for a, b in zip(got, torch.autograd.grad(expected.square().sum(), (q, k, v, gates)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_windows_that_reach_too_far_are_refused():
+    q, k, _ = draw(40, 3)
+    lse = torch.zeros(40, 4)
+    blocks = {"kernel_size": 32, "kernel_stride": 4, "block_size": 8, "num_selected_blocks": 4}
+    with pytest.raises(ValueError, match="windows of at most block_size \\+ kernel_stride tokens"):
+        select_blocks(q, k, lse, **blocks, impl="triton")
+    assert select_blocks(q, k, lse, **blocks).shape == (40, 2, 4)
