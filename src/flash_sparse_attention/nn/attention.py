@@ -11,7 +11,7 @@ Shape suffixes: N tokens, M compressed tokens, X branches, H heads, D channels o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -66,6 +66,9 @@ class NativeSparseAttention(nn.Module):
         qkv_bias: whether q_proj, k_proj and v_proj have a bias.
         softmax_scale: factor of the scores; head_dim ** -0.5 by default.
         impl: implementation of the operators: `auto`, `reference`, `blockwise` or `triton`.
+        loop_order: of selected attention; see `functional.selected_attention`.
+        recompute: what the Triton kernels compute again in the backward pass instead of keeping it: any of
+            `compressed`, `selected`, `window` and `index`; see `functional.nsa_attention`.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -92,6 +95,8 @@ class NativeSparseAttention(nn.Module):
         qkv_bias: bool = False,
         softmax_scale: float | None = None,
         impl: str = "auto",
+        loop_order: str = "auto",
+        recompute: Collection[str] = (),
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -107,6 +112,8 @@ class NativeSparseAttention(nn.Module):
         self.softmax_scale = softmax_scale
         self.config = config = NSAConfig() if config is None else config
         self.impl = impl
+        self.loop_order = loop_order
+        self.recompute = (recompute,) if isinstance(recompute, str) else tuple(recompute)
         self._recorders: list[Callable[[AttentionRecord], None]] = []
 
         # Both k and v of the three branches come from one product; 1 where the branches share them.
@@ -229,6 +236,8 @@ class NativeSparseAttention(nn.Module):
             cu_seqlens=layout,
             softmax_scale=self.softmax_scale,
             impl=self.impl,
+            loop_order=self.loop_order,
+            recompute=self.recompute,
         )
         for record in self._recorders:
             record(AttentionRecord(block_indices, gates_NHX.detach().sigmoid()))
@@ -239,7 +248,7 @@ class NativeSparseAttention(nn.Module):
         return (
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, "
             f"head_dim_v={self.head_dim_v}, rope_theta={self.rope_theta}, softmax_scale={self.softmax_scale}, "
-            f"impl={self.impl!r}, config={self.config}"
+            f"impl={self.impl!r}, loop_order={self.loop_order!r}, recompute={self.recompute}, config={self.config}"
         )
 
 

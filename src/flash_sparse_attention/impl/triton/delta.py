@@ -54,6 +54,22 @@ def launch_gated_shifts(
 
 
 @triton.jit
+def _row_products(do, out, ROWS: tl.constexpr):
+    """sum(do * out) of each row, [ROWS].
+
+    In float32 by the product that computes dP, in the same order: where a row sees one key, `out` is its value, and
+    dP - delta is 0 and not what rounding leaves of it. Half precisions would not notice.
+    """
+    if do.dtype == tl.float32:
+        row = tl.arange(0, ROWS)
+        products = tl.dot(do, tl.trans(out), input_precision="ieee")
+        delta = tl.sum(tl.where(row[:, None] == row[None, :], products, 0.0), 1)
+    else:
+        delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+    return delta
+
+
+@triton.jit
 def _exponent(lse, EXACT: tl.constexpr):
     """lse in the units of `exp_below`, and inf for -inf."""
     lse = tl.where(lse == -float("inf"), float("inf"), lse)
@@ -85,7 +101,7 @@ def _shifts_kernel(
     mask = row < num_rows
     do = load_rows(d_out_ptr, row // NUM_HEADS * stride_do + row % NUM_HEADS * DIM, mask, DIM, PADDED)
     out = load_rows(out_ptr, row * DIM, mask, DIM, PADDED)
-    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+    delta = _row_products(do, out, ROWS)
     tl.store(delta_ptr + row, delta - tl.load(d_lse_ptr + row, mask=mask, other=0.0), mask=mask)
     lse = tl.load(lse_ptr + row, mask=mask, other=0.0)
     tl.store(shift_ptr + row, _exponent(lse, out_ptr.dtype.element_ty == tl.float32), mask=mask)
@@ -122,13 +138,13 @@ def _gated_shifts_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = row < num_rows
     token, head = row // NUM_HEADS, row % NUM_HEADS
-    do = load_rows(d_out_ptr, token * stride_do + head * DIM, mask, DIM, PADDED).to(tl.float32)
+    do = load_rows(d_out_ptr, token * stride_do + head * DIM, mask, DIM, PADDED)
     gates_ptr += (token * GATE_HEADS + head % GATE_HEADS) * 3
     for branch in tl.static_range(3):
         out_ptr = out_0_ptr if branch == 0 else (out_1_ptr if branch == 1 else out_2_ptr)
         lse_ptr = lse_0_ptr if branch == 0 else (lse_1_ptr if branch == 1 else lse_2_ptr)
-        out = load_rows(out_ptr, row * DIM, mask, DIM, PADDED).to(tl.float32)
-        delta = tl.sum(do * out, 1)
+        out = load_rows(out_ptr, row * DIM, mask, DIM, PADDED)
+        delta = _row_products(do, out, ROWS)
         gate = tl.load(gates_ptr + branch, mask=mask, other=0.0).to(tl.float32)
         # log of the sigmoid, without overflow on either side
         log_weight = tl.minimum(gate, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(gate)))

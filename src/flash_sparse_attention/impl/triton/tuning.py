@@ -314,9 +314,9 @@ def interval_schedule(
     if (capability or device_capability()) < 90:
         # What fits in registers there; not measured.
         return IntervalSchedule(IntervalTiles(64, 64, 4, 2), IntervalTiles(64, 32, 4, 2), IntervalTiles(32, 64, 4, 2))
-    # H200, 65,536 tokens, 32/8 heads of 128, ms. Window of 512, forward: 1.98 so; rows, keys, warps, stages 64, 64, 4, 3:
-    # 2.23; 128, 64, 8, 3: 2.40. dQ: 2.42 so; 64, 32, 4, 3: 2.47; 128, 64, 8, 3: 2.61. dK and dV: 2.81 so; 32, 128, 8,
-    # 3: 3.35; 64, 64, 4, 2: 3.33.
+    # H200, 65,536 tokens, 32/8 heads of 128, ms. Window of 512, forward: 1.98 so; rows, keys, warps, stages 64, 64, 4,
+    # 3: 2.23; 128, 64, 8, 3: 2.40. dQ: 2.42 so; 64, 32, 4, 3: 2.47; 128, 64, 8, 3: 2.61. dK and dV: 2.81 so; 32, 128,
+    # 8, 3: 3.35; 64, 64, 4, 2: 3.33.
     if windowed:
         forward = IntervalTiles(64, 32, 4, 3, 168)
         return IntervalSchedule(forward, IntervalTiles(64, 64, 4, 2), IntervalTiles(32, 64, 4, 3))
