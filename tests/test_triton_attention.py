@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flash_sparse_attention import Interval, NSAConfig, SequenceLayout, interval_attention, nsa_attention, select_blocks
 from flash_sparse_attention.accuracy import Case, judge
@@ -193,3 +194,34 @@ def test_windows_that_reach_too_far_are_refused():
     with pytest.raises(ValueError, match="windows of at most block_size \\+ kernel_stride tokens"):
         select_blocks(q, k, lse, **blocks, impl="triton")
     assert select_blocks(q, k, lse, **blocks).shape == (40, 2, 4)
+
+
+def test_selections_of_too_many_blocks_are_refused():
+    q, k, _ = draw(40, 9)
+    lse = torch.zeros(40, 4)
+    blocks = {"kernel_size": 8, "kernel_stride": 4, "block_size": 8, "num_selected_blocks": 257}
+    with pytest.raises(ValueError, match="it keeps up to 256 blocks a query, not 257"):
+        select_blocks(q, k, lse, **blocks, impl="triton")
+    assert select_blocks(q, k, lse, **blocks).shape == (40, 2, 257)
+
+
+class Allocations(TorchDispatchMode):
+    """Shapes of the zeros that are made meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.zeros: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.zeros.default:
+            self.zeros.append(tuple(out.shape))
+        return out
+
+
+def test_no_gradient_is_made_up_for_what_is_saved():
+    q, k, v = draw(20, 20)
+    out = nsa_attention(q, k, v, torch.zeros(20, 4, 3), SMALL, impl="triton").out
+    with Allocations() as allocations:
+        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert out.shape not in allocations.zeros

@@ -122,6 +122,7 @@ SPILL_BYTES_OF_CASE = {
         "_interval_dq_kernel ADD": 1060,
         "_interval_dkv_kernel": 1800,
         "_block_scores_kernel": 1000,
+        "_gated_shifts_kernel": 390,
     },
 }
 # The products of a whole warp group or program; rows of 32, which wide heads take, are too few for them.

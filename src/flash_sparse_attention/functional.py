@@ -25,7 +25,7 @@ from torch import Tensor
 from . import geometry
 from .config import NSAConfig, compression_kinds
 from .geometry import Interval
-from .impl import Capability, available, load, resolve
+from .impl import WHOLE, Capability, available, load, resolve
 from .precision import no_autocast
 from .types import AttentionOutput, Compression, NSAOutput, SequenceLayout
 from .validation import (
@@ -274,7 +274,7 @@ def select_blocks(
     check_tensor("lse", lse, pack.shape(Hq=q.shape[-2]), FLOAT_DTYPES)
     check_same("device", q=q, lse=lse)
     reach = geometry.windows_reach(kernel_size, kernel_stride, block_size)
-    compute = load(resolve("select_blocks", impl, q.device, q.dtype, q.shape[-1], reach))
+    compute = load(resolve("select_blocks", impl, q.device, q.dtype, q.shape[-1], reach, num_selected_blocks))
     tensors = map(pack.flat, (q, k_compressed, lse))
     blocks = block_size, num_selected_blocks, num_init_blocks, num_local_blocks
     with no_autocast(q):
@@ -498,10 +498,10 @@ def _whole(q: Tensor, v: Tensor, config: NSAConfig, impl: str) -> Capability | N
     if impl not in ("auto", "triton"):
         return None
     reach = geometry.windows_reach(config.kernel_size, config.kernel_stride, config.block_size)
-    sizes = q.device, q.dtype, max(q.shape[-1], v.shape[-1]), reach
-    if impl == "auto" and not available("nsa_attention", *sizes):
+    sizes = q.device, q.dtype, max(q.shape[-1], v.shape[-1]), reach, config.num_selected_blocks
+    if impl == "auto" and not available(WHOLE, *sizes):
         return None
-    return resolve("nsa_attention", impl, *sizes)
+    return resolve(WHOLE, impl, *sizes)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ import torch
 from ..validation import check_choice
 
 OPERATORS = ("compress", "interval_attention", "select_blocks", "selected_attention", "combine")
+# All of them in a row, where an implementation has that as one operator; elsewhere they are called one by one.
+WHOLE = "nsa_attention"
 IMPLEMENTATIONS = ("reference", "blockwise", "triton")
 # Found out here, as torch.compile cannot trace the search.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -39,6 +41,7 @@ class Capability:
         max_head_dim: the largest head dimension, or None.
         loop_orders: the loop orders of selected attention between which a caller may choose.
         max_reach: how many blocks past its first a compression window may reach, or None; see `geometry.windows_reach`.
+        max_slots: the largest number of blocks that a query may keep, or None.
     """
 
     operator: str
@@ -51,8 +54,11 @@ class Capability:
     max_head_dim: int | None = None
     loop_orders: tuple[str, ...] = ()
     max_reach: int | None = None
+    max_slots: int | None = None
 
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int = 0, reach: int = 0) -> str | None:
+    def refusal(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int = 0, reach: int = 0, slots: int = 0
+    ) -> str | None:
         """Why this implementation cannot run here, or None if it can."""
         # Triton's interpreter runs its kernels on CPU tensors, for tests.
         devices = (*self.devices, "cpu") if self.impl == "triton" and interpreting() else self.devices
@@ -64,6 +70,8 @@ class Capability:
             return f"it takes head dimensions up to {self.max_head_dim}, not {head_dim}"
         if self.max_reach is not None and reach > self.max_reach:
             return "it takes compression windows of at most block_size + kernel_stride tokens"
+        if self.max_slots is not None and slots > self.max_slots:
+            return f"it keeps up to {self.max_slots} blocks a query, not {slots}"
         if self.impl == "triton" and not _HAS_TRITON:
             return "it needs Triton, which is not installed (pip install 'flash-sparse-attention[triton]')"
         return None
@@ -87,7 +95,8 @@ CAPABILITIES: tuple[Capability, ...] = (
             note,
             max_head_dim=256,
             loop_orders=loop_orders,
-            max_reach=1 if op in ("select_blocks", "nsa_attention") else None,
+            max_reach=1 if op in ("select_blocks", WHOLE) else None,
+            max_slots=256 if op in ("select_blocks", WHOLE) else None,
         )
         for op, note, loop_orders in (
             ("compress", "Triton kernels", ()),
@@ -95,8 +104,11 @@ CAPABILITIES: tuple[Capability, ...] = (
             ("select_blocks", "Triton kernels", ()),
             ("selected_attention", "Triton kernels in both loop orders", ("kv_outer", "query_outer")),
             ("combine", "a Triton kernel", ()),
-            # All of them in a row, as one operator, whose backward pass shares what it can.
-            ("nsa_attention", "Triton kernels", ("kv_outer", "query_outer")),
+            (
+                WHOLE,
+                "all of the above as one operator; not taken, they are called one by one",
+                ("kv_outer", "query_outer"),
+            ),
         )
     ),
     *(
@@ -137,20 +149,26 @@ class Decision:
 
 
 def resolve(
-    operator: str, impl: str, device: torch.device, dtype: torch.dtype, head_dim: int = 0, reach: int = 0
+    operator: str,
+    impl: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int = 0,
+    reach: int = 0,
+    slots: int = 0,
 ) -> Capability:
     """The row of the table that computes `operator`; an explicit `impl` never falls back to another.
 
     Raises:
-        ValueError: if `impl` is unknown, or cannot run this operator on this device, dtype and head dimension.
+        ValueError: if `impl` is unknown, or cannot run this operator on this device and dtype, with these sizes.
     """
     check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
     rows = [row for row in CAPABILITIES if row.operator == operator and impl in ("auto", row.impl)]
     candidates = [row for row in rows if row.auto or impl != "auto"]
     for row in candidates:
-        if row.refusal(device, dtype, head_dim, reach) is None:
+        if row.refusal(device, dtype, head_dim, reach, slots) is None:
             return row
-    refusals = [str(row.refusal(device, dtype, head_dim, reach)) for row in candidates]
+    refusals = [str(row.refusal(device, dtype, head_dim, reach, slots)) for row in candidates]
     reasons = "; ".join(refusals) or "this version does not have it"
     raise ValueError(f"impl={impl!r} cannot compute {operator}: {reasons}; use impl='auto' for what runs here")
 
@@ -179,9 +197,9 @@ def _load(module: str) -> ModuleType:
 
 
 def explain(device: torch.device, dtype: torch.dtype) -> list[Decision]:
-    """What `impl="auto"` takes for each operator on this device and dtype, and why not the others."""
+    """What `impl="auto"` takes on this device and dtype for each operator and for the whole, and why not the others."""
     decisions = []
-    for operator in OPERATORS:
+    for operator in (*OPERATORS, WHOLE):
         taken = False
         for row in (row for row in CAPABILITIES if row.operator == operator):
             refusal = row.refusal(device, dtype)
@@ -195,7 +213,9 @@ def explain(device: torch.device, dtype: torch.dtype) -> list[Decision]:
     return decisions
 
 
-def available(operator: str, device: torch.device, dtype: torch.dtype, head_dim: int = 0, reach: int = 0) -> list[str]:
-    """Names of the implementations that can run `operator` on this device, dtype, head dimension and windows."""
+def available(
+    operator: str, device: torch.device, dtype: torch.dtype, head_dim: int = 0, reach: int = 0, slots: int = 0
+) -> list[str]:
+    """Names of the implementations that can run `operator` on this device and dtype, with these sizes."""
     rows = (row for row in CAPABILITIES if row.operator == operator)
-    return [row.impl for row in rows if row.refusal(device, dtype, head_dim, reach) is None]
+    return [row.impl for row in rows if row.refusal(device, dtype, head_dim, reach, slots) is None]

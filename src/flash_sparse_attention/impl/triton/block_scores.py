@@ -24,8 +24,6 @@ from .tuning import ScoreTiles
 SCORE_BYTES, SCORE_PROGRAMS = 256 << 20, 1024
 # Blocks that a warp keeps in registers; and those of the smallest kernel, of which there is one for each power of two.
 PICK_COLUMNS, LEAST_COLUMNS = 1024, 128
-# Blocks that a query may keep; each is compared with each.
-MOST_SLOTS = 256
 
 
 def launch_select_blocks(

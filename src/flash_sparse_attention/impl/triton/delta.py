@@ -7,13 +7,17 @@ and none of their outputs' gradients is ever stored.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .primitives import LOG2_E, load_rows, padded_dim
 
-DELTA_ROWS = 32
+
+def _rows(out: Tensor) -> int:
+    """Rows of a tile; few in float32, whose products take no matrix unit."""
+    return 16 if out.dtype == torch.float32 else 32
 
 
 def launch_shifts(d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,8 +28,9 @@ def launch_shifts(d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor) -> tup
     """
     total_tokens, num_heads, dim = out.shape
     shift, delta = d_lse.new_empty(total_tokens, num_heads), d_lse.new_empty(total_tokens, num_heads)
-    _shifts_kernel[(triton.cdiv(total_tokens * num_heads, DELTA_ROWS),)](
-        d_out, d_lse, out, lse, shift, delta, total_tokens * num_heads, d_out.stride(0), num_heads, dim, DELTA_ROWS
+    rows = _rows(out)
+    _shifts_kernel[(triton.cdiv(total_tokens * num_heads, rows),)](
+        d_out, d_lse, out, lse, shift, delta, total_tokens * num_heads, d_out.stride(0), num_heads, dim, rows
     )
     return shift, delta
 
@@ -45,9 +50,10 @@ def launch_gated_shifts(
     gates = gates.contiguous()
     shift, delta = (lses[0].new_empty(3, total_tokens, num_heads) for _ in range(2))
     d_gates = lses[0].new_empty(total_tokens, num_heads, 3)
-    _gated_shifts_kernel[(triton.cdiv(total_tokens * num_heads, DELTA_ROWS),)](
+    rows = _rows(outs[0])
+    _gated_shifts_kernel[(triton.cdiv(total_tokens * num_heads, rows),)](
         d_out, *outs, *lses, gates, shift, delta, d_gates, total_tokens * num_heads, d_out.stride(0),
-        num_heads, gates.shape[1], dim, DELTA_ROWS,
+        num_heads, gates.shape[1], dim, rows,
     )  # fmt: skip
     # One gate for all heads collects the gradients of all.
     return shift, delta, d_gates.sum_to_size(gates.shape).to(gates.dtype)

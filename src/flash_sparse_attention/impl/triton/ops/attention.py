@@ -19,7 +19,7 @@ from torch import Tensor
 from ....config import NSAConfig
 from ....types import NSAOutput, SequenceLayout
 from ....validation import bad
-from ..block_scores import MOST_SLOTS, launch_select_blocks
+from ..block_scores import launch_select_blocks
 from ..combine import launch_combine
 from ..delta import launch_gated_shifts
 from ..interval import IntervalSizes, launch_interval_dkv, launch_interval_dq, launch_interval_fwd
@@ -99,11 +99,9 @@ def nsa_attention(
         loop_order, workspace_mib, recompute: see `functional.nsa_attention`.
 
     Raises:
-        ValueError: if the selection has 2**31 entries or more, or more than `MOST_SLOTS` a query.
+        ValueError: if the selection has 2**31 entries or more.
     """
     slots = config.num_selected_blocks
-    if slots > MOST_SLOTS:
-        raise bad("num_selected_blocks", f"at most {MOST_SLOTS} with impl='triton'", slots)
     if q.shape[0] * k.shape[1] * slots >= MAX_PAIRS:
         entries = q.shape[0] * k.shape[1] * slots
         raise bad("q", f"with fewer than {MAX_PAIRS} entries of a selection N * Hk * T", entries, "split the pack")
@@ -302,6 +300,8 @@ def _(
 
 
 def _save(ctx, inputs, output):
+    # Only the first output is given away: zeros for the others would be as large as the branches.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:9], *output[1:])
     ctx.sizes = inputs[9:]
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ....types import SequenceLayout
-from ....validation import bad
-from ..block_scores import MOST_SLOTS, launch_select_blocks
+from ..block_scores import launch_select_blocks
 from ..primitives import dense_rows
 from ..tuning import score_tiles
 from .interval import key_bounds
@@ -26,13 +25,7 @@ def select_blocks(
     layout: SequenceLayout,
     softmax_scale: float,
 ) -> Tensor:
-    """As `reference.select_blocks`, by Triton kernels: int32 `[N, Hk, T]`.
-
-    Raises:
-        ValueError: if more than `MOST_SLOTS` blocks are wanted.
-    """
-    if num_selected_blocks > MOST_SLOTS:
-        raise bad("num_selected_blocks", f"at most {MOST_SLOTS} with impl='triton'", num_selected_blocks)
+    """As `reference.select_blocks`, by Triton kernels: int32 `[N, Hk, T]`."""
     sizes = kernel_size, kernel_stride, block_size, num_selected_blocks, num_init_blocks, num_local_blocks
     tensors = q.detach(), k_compressed.detach(), lse.detach(), layout.cu_seqlens
     return _select_blocks(*tensors, layout.max_length, *sizes, softmax_scale)
