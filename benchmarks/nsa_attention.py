@@ -109,8 +109,10 @@ def selection_shortfall(q: Tensor, k: Tensor, indices: Tensor, rows: Tensor) -> 
             raise SystemExit(f"row {row} does not keep a forced block")
         best_rejected = importance.masked_fill(kept | forced, -torch.inf).amax(-1)
         worst_chosen = importance.masked_fill(~kept | forced, torch.inf).amin(-1)
-        worst = max(worst, ((best_rejected - worst_chosen) / importance.amax(-1)).max().item())
-    return max(worst, 0.0)
+        shortfall = ((best_rejected - worst_chosen) / importance.amax(-1)).max().item()
+        # Not the larger of the two, which might lose a NaN.
+        worst = worst if shortfall <= worst else shortfall
+    return worst
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> dict[str, float]:
@@ -133,7 +135,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> dict[str, float]:
     errors = {name: ((a.double() - b).abs().max() / b.abs().max()).item() for name, (a, b) in got.items()}
     errors["selection"] = selection_shortfall(q.detach(), k.detach(), indices, rows)
     # bfloat16 has 8 bits; what plain PyTorch reaches is the business of the tests.
-    if not (max(errors.values()) < 2e-2 and errors["selection"] < 1e-4):
+    if not (all(error < 2e-2 for error in errors.values()) and errors["selection"] < 1e-4):
         raise SystemExit(f"wrong at {tokens} tokens: {errors}")
     return errors
 

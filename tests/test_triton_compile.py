@@ -65,8 +65,12 @@ class Case:
 
     @property
     def branches(self) -> bool:
-        """Whether all of the whole attention is compiled: what the others vary, only selected attention knows."""
-        return (self.slots, self.block_size) == (16, 64)
+        """Whether all of the whole attention is compiled.
+
+        Not where a case varies what only selected attention knows, nor for every head dimension on every device.
+        """
+        selected_alone = (self.slots, self.block_size) != (16, 64) or self.group == 1 or self.dtype == torch.float16
+        return not selected_alone and (self.arch == 90 or max(self.dims) >= 128)
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

@@ -464,6 +464,13 @@ def nsa_attention(
     common: dict[str, Any] = {**bounds, "softmax_scale": softmax_scale, "impl": impl}
     keys = Interval(config.kernel_size, config.kernel_stride)
     scale = _check_qkv(pack, q, k_compressed, v_compressed, keys, softmax_scale, suffix="_compressed")
+    num_kv_heads, dim_v = v.shape[-2:]
+    for name, x, sizes in (
+        ("k_compressed", k_compressed, pack.shape(keys, Hk=num_kv_heads, Dk=q.shape[-1])),
+        ("v_compressed", v_compressed, pack.shape(keys, Hk=num_kv_heads, Dv=dim_v)),
+        ("v_window", v_window, pack.shape(Hk=k_window.shape[-2], Dv=dim_v)),
+    ):
+        check_tensor(name, x, sizes, FLOAT_DTYPES, cure="heads that select and all values as those of k and v")
     row = _whole(q, v, config, impl)
     if row is not None:
         _check_loop_order(loop_order, row)

@@ -22,6 +22,8 @@ from .tuning import ScoreTiles
 
 # Bytes of the scores of a chunk of tokens, and programs that a chunk is to have.
 SCORE_BYTES, SCORE_PROGRAMS = 256 << 20, 1024
+# Along the second dimension of a grid.
+MOST_PROGRAMS = 65535
 # Blocks that a warp keeps in registers; and those of the smallest kernel, of which there is one for each power of two.
 PICK_COLUMNS, LEAST_COLUMNS = 1024, 128
 
@@ -62,7 +64,8 @@ def launch_select_blocks(
     k_desc = tile_descriptor(k, blocks * windows) if windows == block_size // kernel_stride else None
     token_tiles = total_tokens // tiles.tokens + num_sequences
     most_blocks = triton.cdiv(max_length, block_size)
-    chunk = min(token_tiles, max(1, SCORE_BYTES // (4 * tiles.tokens * num_kv_heads * most_blocks)))
+    chunk = max(1, SCORE_BYTES // (4 * tiles.tokens * num_kv_heads * most_blocks))
+    chunk = min(chunk, token_tiles, MOST_PROGRAMS)
     scores = torch.empty(chunk * tiles.tokens * num_kv_heads * most_blocks, dtype=torch.float32, device=q.device)
     for first_tile in range(0, token_tiles, chunk):
         some = min(chunk, token_tiles - first_tile)
@@ -203,7 +206,7 @@ def _block_scores_kernel(
             for g in tl.range(1, GROUP):
                 q, lse = _load_head(q_ptr, lse_ptr, in_pack, head * GROUP + g, mask, STRIDE_Q, NUM_HEADS, DIM)
                 p += _probabilities(q, k, lse, scale)
-        p = tl.where(key[None, :] < end[:, None], p, 0.0)
+        p = tl.where((key[None, :] < end[:, None]) & (column % WINDOWS < PER_BLOCK)[None, :], p, 0.0)
         p = tl.reshape(p, [TOKENS, BLOCKS, WINDOWS])
         scores = tl.sum(p * own, 2)
         if KERNEL_SIZE > KERNEL_STRIDE:

@@ -38,7 +38,7 @@ def launch_shifts(d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor) -> tup
 def launch_gated_shifts(
     d_out: Tensor, outs: tuple[Tensor, Tensor, Tensor], lses: tuple[Tensor, Tensor, Tensor], gates: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """shift and delta of three gated branches, float32 `[3, N, Hq]`, and the gradient of the gates.
+    """shift and delta of three gated branches, float32 `[3, at least N * Hq]`, and the gradient of the gates.
 
     Args:
         d_out: `[N, Hq, Dv]`, of the gated sum.
@@ -48,11 +48,13 @@ def launch_gated_shifts(
     """
     total_tokens, num_heads, dim = outs[0].shape
     gates = gates.contiguous()
-    shift, delta = (lses[0].new_empty(3, total_tokens, num_heads) for _ in range(2))
+    # Rows that begin at multiples of 16 bytes: kernels are compiled for those.
+    branch_stride = triton.cdiv(total_tokens * num_heads, 4) * 4
+    shift, delta = (lses[0].new_empty(3, branch_stride) for _ in range(2))
     d_gates = lses[0].new_empty(total_tokens, num_heads, 3)
     rows = _rows(outs[0])
     _gated_shifts_kernel[(triton.cdiv(total_tokens * num_heads, rows),)](
-        d_out, *outs, *lses, gates, shift, delta, d_gates, total_tokens * num_heads, d_out.stride(0),
+        d_out, *outs, *lses, gates, shift, delta, d_gates, total_tokens * num_heads, branch_stride, d_out.stride(0),
         num_heads, gates.shape[1], dim, rows,
     )  # fmt: skip
     # One gate for all heads collects the gradients of all.
@@ -113,7 +115,7 @@ def _shifts_kernel(
     tl.store(shift_ptr + row, _exponent(lse, out_ptr.dtype.element_ty == tl.float32), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "branch_stride"])
 def _gated_shifts_kernel(
     d_out_ptr,
     out_0_ptr,
@@ -127,6 +129,7 @@ def _gated_shifts_kernel(
     delta_ptr,
     d_gates_ptr,
     num_rows,
+    branch_stride,
     stride_do,
     NUM_HEADS: tl.constexpr,
     GATE_HEADS: tl.constexpr,
@@ -156,7 +159,7 @@ def _gated_shifts_kernel(
         log_weight = tl.minimum(gate, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(gate)))
         weight = tl.exp(log_weight)
         lse = tl.load(lse_ptr + row, mask=mask, other=0.0)
-        at = branch * num_rows.to(tl.int64) + row
+        at = branch * branch_stride.to(tl.int64) + row
         tl.store(shift_ptr + at, _exponent(lse, EXACT) - (log_weight if EXACT else log_weight * LOG2_E), mask=mask)
         tl.store(delta_ptr + at, delta, mask=mask)
         tl.store(d_gates_ptr + row * 3 + branch, delta * weight * (1.0 - weight), mask=mask)

@@ -28,6 +28,7 @@ from .primitives import (
     LOG2_E,
     exp_below,
     exp_shifted,
+    lift,
     load_rows,
     padded_dim,
     positive_scale,
@@ -51,6 +52,14 @@ class IntervalSizes(NamedTuple):
     kernel_stride: int
     window_size: int
     softmax_scale: float
+
+    @classmethod
+    def of(cls, kernel_size: int, kernel_stride: int, window_size: int, softmax_scale: float) -> IntervalSizes:
+        """With a window of fewer keys than would overflow, which still is more than there are."""
+        return cls(kernel_size, kernel_stride, min(window_size, MOST_TOKENS // kernel_stride), softmax_scale)
+
+
+MOST_TOKENS = 2**30
 
 
 def launch_interval_fwd(
@@ -445,7 +454,7 @@ def _dkv_step(
     if MASKED:
         end = interval_end(row // GROUP, KERNEL_SIZE, KERNEL_STRIDE)
         p = tl.where(_visible(key[:, None], _start(end, WINDOW)[None, :], end[None, :], WINDOW), p, 0.0)
-    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+    dv = tl.dot((p * lift(do.dtype)).to(do.dtype), do, dv, input_precision="ieee")
     ds = (p * (dp - delta[None, :])).to(q.dtype)
     dk = tl.dot(ds, q, dk, input_precision="ieee")
     return dk, dv
@@ -504,10 +513,11 @@ def _interval_dkv_kernel(
     length = tl.load(cu_seqlens_ptr + sequence + 1) - token_start.to(tl.int32)
     last_key = tl.minimum(first_key + KEYS, keys_of_sequence) - 1
     rows_start = _last_token(first_key, KERNEL_SIZE, KERNEL_STRIDE) * GROUP
-    rows_end = length * GROUP
+    tokens_end = length
     if WINDOW > 0:
         # The first query that does not see the last key any more is the first to see the one WINDOW keys later.
-        rows_end = tl.minimum(rows_end, _last_token(last_key + WINDOW, KERNEL_SIZE, KERNEL_STRIDE) * GROUP)
+        tokens_end = tl.minimum(length, _last_token(last_key + WINDOW, KERNEL_SIZE, KERNEL_STRIDE))
+    rows_end = tokens_end * GROUP
     steps = tl.cdiv(tl.cdiv(rows_end - rows_start, ROWS), tl.num_programs(2))
     rows_start += share * steps * ROWS
     rows_end = tl.minimum(rows_end, rows_start + steps * ROWS)
@@ -546,4 +556,4 @@ def _interval_dkv_kernel(
             )  # fmt: skip
     at = (share.to(tl.int64) * num_keys + key_in_pack) * HEADS + head
     store_rows(dk_ptr, at * DIM_K, mask_keys, dk * scale, DIM_K, padded_dim(DIM_K))
-    store_rows(dv_ptr, at * DIM_V, mask_keys, dv, DIM_V, padded_dim(DIM_V))
+    store_rows(dv_ptr, at * DIM_V, mask_keys, dv / lift(q_ptr.dtype.element_ty), DIM_V, padded_dim(DIM_V))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -33,13 +36,25 @@ def dense_rows(x: Tensor) -> Tensor:
 def tile_descriptor(x: Tensor, rows: int) -> TensorDescriptor | None:
     """By which devices that can (sm_90 on) copy tiles of so many rows of a head of `x` `[N, H, D]` as a whole.
 
-    None where that is not possible: a copy starts at a multiple of 16 bytes, and its width is a power of two.
+    None where that is not possible: a copy starts at a multiple of 16 bytes, its width is a power of two, and it has
+    256 rows at most.
     """
     (length, heads, dim), size = x.shape, x.element_size()
     aligned = x.data_ptr() % 16 == 0 and x.stride(0) * size % 16 == 0
-    if dim != padded(dim) or not aligned or length == 0:
+    if dim != padded(dim) or not aligned or length == 0 or rows > 256:
         return None
     return TensorDescriptor(x, [length, heads * dim], [x.stride(0), 1], [rows, dim])
+
+
+def on_its_device(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """Runs a function with the device of its first argument as the current one: kernels are launched there."""
+
+    @functools.wraps(compute)
+    def run(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(x):
+            return compute(x, *args, **kwargs)
+
+    return run
 
 
 def positive_scale(q: Tensor, softmax_scale: float) -> tuple[Tensor, float]:
@@ -120,6 +135,12 @@ def exp_below(products, scale, shift, EXACT: tl.constexpr):
     if EXACT:
         return tl.exp2((products * scale - shift) * LOG2_E)
     return tl.exp2(products * (scale * LOG2_E) - shift)
+
+
+@triton.constexpr_function
+def lift(dtype):
+    """A power of two for probabilities, at most 1, that are rounded to float16: gates and long rows make them tiny."""
+    return 4096.0 if dtype == tl.float16 else 1.0
 
 
 @triton.jit

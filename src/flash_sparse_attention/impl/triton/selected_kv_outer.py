@@ -26,6 +26,7 @@ from .primitives import (
     block_bounds,
     exp_below,
     exp_shifted,
+    lift,
     load_rows,
     padded_dim,
     positive_scale,
@@ -363,12 +364,13 @@ def _selected_bwd_kv_outer_kernel(
         p = exp_below(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, shift[:, None], EXACT)
         p = _hide(p, token, first_viewer, 0.0)  # [ROWS, KEYS]
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
-        dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision="ieee")
+        dv = tl.dot(tl.trans((p * lift(do.dtype)).to(do.dtype)), do, dv, input_precision="ieee")
         ds = (p * (dp - delta[:, None])).to(q.dtype)
         dk = tl.dot(tl.trans(ds), q, dk, input_precision="ieee")
         if WITH_DQ:
             dq = tl.dot(ds, k, input_precision="ieee")  # [ROWS, DK]
             store_rows(partial_ptr, row.to(tl.int64) * (parts * DIM_K), mask, dq, DIM_K, PADDED_K)
+    dv = dv / lift(q_ptr.dtype.element_ty)
     if tile >= 0:
         rows = (tile.to(tl.int64) * parts + part) * KEYS + tl.arange(0, KEYS)
         everywhere = tl.arange(0, KEYS) >= 0

@@ -297,6 +297,10 @@ def built_in_tiles(shape: SelectedShape) -> SelectedTiles:
     return SelectedTiles(forward, backward, QueryOuterTiles(min(64, block), 2, 2))
 
 
+# Compute capabilities with more than 200 KiB of shared memory; most others have about 100.
+DATA_CENTRE = (90, 100, 103)
+
+
 def interval_schedule(
     dim_k: int, dim_v: int, dtype: torch.dtype, windowed: bool, capability: int | None = None
 ) -> IntervalSchedule:
@@ -309,10 +313,14 @@ def interval_schedule(
         edge = 16 if dim > 128 else 32
         small = IntervalTiles(edge, edge, 4, 1)
         return IntervalSchedule(small, small, small)
+    capability = capability or device_capability()
+    if dim > 128 and capability not in (80, *DATA_CENTRE):
+        small = IntervalTiles(32, 32, 4, 1)
+        return IntervalSchedule(small, small, small)
     if dim > 128:
         return IntervalSchedule(IntervalTiles(128, 64, 8, 2), IntervalTiles(64, 32, 8, 2), IntervalTiles(32, 64, 8, 2))
-    if (capability or device_capability()) < 90:
-        # What fits in registers there; not measured.
+    if capability not in DATA_CENTRE:
+        # What fits in registers and shared memory there; not measured.
         return IntervalSchedule(IntervalTiles(64, 64, 4, 2), IntervalTiles(64, 32, 4, 2), IntervalTiles(32, 64, 4, 2))
     # H200, 65,536 tokens, 32/8 heads of 128, ms. Window of 512, forward: 1.98 so; rows, keys, warps, stages 64, 64, 4,
     # 3: 2.23; 128, 64, 8, 3: 2.40. dQ: 2.42 so; 64, 32, 4, 3: 2.47; 128, 64, 8, 3: 2.61. dK and dV: 2.81 so; 32, 128,
@@ -330,7 +338,7 @@ def score_tiles(dim: int, dtype: torch.dtype, capability: int | None = None) -> 
     """The tiles of block scores for a head dimension; `capability` as for `interval_schedule`."""
     if dtype == torch.float32:
         return ScoreTiles(32, 32, 4, 1, 1)
-    if (capability or device_capability()) < 90:
+    if (capability or device_capability()) not in DATA_CENTRE:
         return ScoreTiles(64, 32 if padded(dim) > 128 else 64, 4, 2, 1)
     if padded(dim) > 128:
         return ScoreTiles(64, 64, 4, 2, 2)

@@ -23,7 +23,7 @@ from ..block_scores import launch_select_blocks
 from ..combine import launch_combine
 from ..delta import launch_gated_shifts
 from ..interval import IntervalSizes, launch_interval_dkv, launch_interval_dq, launch_interval_fwd
-from ..primitives import dense_rows
+from ..primitives import dense_rows, on_its_device
 from ..tuning import interval_schedule, score_tiles
 from .interval import key_bounds
 from .selected import MAX_PAIRS, attend_selected, differentiate_selected, kept_index, nothing
@@ -55,12 +55,12 @@ class Sizes(NamedTuple):
     @property
     def compressed(self) -> IntervalSizes:
         """Of the compressed branch."""
-        return IntervalSizes(self.kernel_size, self.kernel_stride, 0, self.softmax_scale)
+        return IntervalSizes.of(self.kernel_size, self.kernel_stride, 0, self.softmax_scale)
 
     @property
     def window(self) -> IntervalSizes:
         """Of the sliding window."""
-        return IntervalSizes(1, 1, self.window_size, self.softmax_scale)
+        return IntervalSizes.of(1, 1, self.window_size, self.softmax_scale)
 
     @property
     def selected(self) -> tuple[int, float, str, int]:
@@ -125,6 +125,7 @@ def nsa_attention(
 
 
 @torch.library.custom_op("flash_sparse_attention::nsa_attention_triton", mutates_args=())
+@on_its_device
 def _nsa_attention(
     q: Tensor,
     k: Tensor,
@@ -186,6 +187,7 @@ def _nsa_attention(
 
 
 @torch.library.custom_op("flash_sparse_attention::nsa_attention_triton_backward", mutates_args=())
+@on_its_device
 def _nsa_attention_backward(
     d_out: Tensor,
     q: Tensor,
@@ -224,16 +226,16 @@ def _nsa_attention_backward(
     block_indices, out_compressed, lse_compressed, out_selected, lse_selected, out_window, lse_window, *index = saved
     if not sizes.keeps("compressed"):
         out_compressed, _ = _attend_compressed(q, k_compressed, v_compressed, *bounds, sizes)
+    place, pairs, run_ends = index
     if not sizes.keeps("selected"):
-        out_selected, _, *index = attend_selected(
-            q, k, v, block_indices, cu_seqlens, *sizes.selected, sizes.keeps("index")
+        out_selected, _, place, pairs, run_ends = attend_selected(
+            q, k, v, block_indices, cu_seqlens, *sizes.selected, True, (place, pairs, run_ends)
         )
     if not sizes.keeps("window"):
         out_window, _ = _attend_window(q, k_window, v_window, cu_seqlens, sizes)
     outs, lses = (out_compressed, out_selected, out_window), (lse_compressed, lse_selected, lse_window)
     shift, delta, d_gates = launch_gated_shifts(d_out, outs, lses, gates)
     del outs, out_compressed, out_selected, out_window
-    place, pairs, run_ends = index
     dq, dk, dv = differentiate_selected(
         d_out, q, k, v, block_indices, cu_seqlens, shift[1], delta[1], place, pairs, run_ends, *sizes.selected
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ....types import SequenceLayout
 from ..block_scores import launch_select_blocks
-from ..primitives import dense_rows
+from ..primitives import dense_rows, on_its_device
 from ..tuning import score_tiles
 from .interval import key_bounds
 
@@ -32,6 +32,7 @@ def select_blocks(
 
 
 @torch.library.custom_op("flash_sparse_attention::select_blocks_triton", mutates_args=())
+@on_its_device
 def _select_blocks(
     q: Tensor,
     k: Tensor,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..combine import launch_combine, launch_combine_backward
-from ..primitives import dense_rows
+from ..primitives import dense_rows, on_its_device
 
 
 def combine(out_compressed: Tensor, out_selected: Tensor, out_window: Tensor, gates: Tensor) -> Tensor:
@@ -15,6 +15,7 @@ def combine(out_compressed: Tensor, out_selected: Tensor, out_window: Tensor, ga
 
 
 @torch.library.custom_op("flash_sparse_attention::combine_triton", mutates_args=())
+@on_its_device
 def _combine(out_compressed: Tensor, out_selected: Tensor, out_window: Tensor, gates: Tensor) -> Tensor:
     if out_compressed.numel() == 0:
         return out_window.new_empty(out_window.shape)
@@ -23,6 +24,7 @@ def _combine(out_compressed: Tensor, out_selected: Tensor, out_window: Tensor, g
 
 
 @torch.library.custom_op("flash_sparse_attention::combine_triton_backward", mutates_args=())
+@on_its_device
 def _combine_backward(
     d_out: Tensor, out_compressed: Tensor, out_selected: Tensor, out_window: Tensor, gates: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -18,7 +18,7 @@ from ..compress import (
     launch_compress_pooled_dx,
     launch_key_bounds,
 )
-from ..primitives import dense_rows
+from ..primitives import dense_rows, on_its_device
 
 
 def compress(
@@ -58,6 +58,7 @@ def compress(
 
 
 @torch.library.custom_op("flash_sparse_attention::compress_pooled_triton", mutates_args=())
+@on_its_device
 def _compress_pooled(
     x: Tensor,
     weight: Tensor | None,
@@ -77,6 +78,7 @@ def _compress_pooled(
 
 
 @torch.library.custom_op("flash_sparse_attention::compress_pooled_triton_backward", mutates_args=())
+@on_its_device
 def _compress_pooled_backward(
     d_out: Tensor,
     x: Tensor | None,
@@ -109,6 +111,7 @@ def _compress_pooled_backward(
 
 
 @torch.library.custom_op("flash_sparse_attention::compress_linear_triton", mutates_args=())
+@on_its_device
 def _compress_linear(
     x: Tensor,
     weight: Tensor,
@@ -130,6 +133,7 @@ def _compress_linear(
 
 
 @torch.library.custom_op("flash_sparse_attention::compress_linear_triton_backward", mutates_args=())
+@on_its_device
 def _compress_linear_backward(
     d_out: Tensor,
     x: Tensor,

@@ -10,7 +10,7 @@ from ....types import AttentionOutput, SequenceLayout
 from ..compress import launch_key_bounds
 from ..delta import launch_shifts
 from ..interval import IntervalSizes, launch_interval_dkv, launch_interval_dq, launch_interval_fwd
-from ..primitives import dense_rows
+from ..primitives import dense_rows, on_its_device
 from ..tuning import interval_schedule
 
 
@@ -37,6 +37,7 @@ def key_bounds(cu_seqlens: Tensor, kernel_size: int, kernel_stride: int) -> Tens
 
 
 @torch.library.custom_op("flash_sparse_attention::interval_attention_triton", mutates_args=())
+@on_its_device
 def _interval_attention(
     q: Tensor,
     k: Tensor,
@@ -53,11 +54,12 @@ def _interval_attention(
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     bounds = cu_seqlens, key_bounds(cu_seqlens, kernel_size, kernel_stride)
     schedule = interval_schedule(q.shape[2], v.shape[2], q.dtype, window_size > 0)
-    sizes = IntervalSizes(kernel_size, kernel_stride, window_size, softmax_scale)
+    sizes = IntervalSizes.of(kernel_size, kernel_stride, window_size, softmax_scale)
     return launch_interval_fwd(q, k, v, *bounds, sizes, schedule.forward)
 
 
 @torch.library.custom_op("flash_sparse_attention::interval_attention_triton_backward", mutates_args=())
+@on_its_device
 def _interval_attention_backward(
     d_out: Tensor,
     d_lse: Tensor,
@@ -79,7 +81,7 @@ def _interval_attention_backward(
     d_out, q, k, v = map(dense_rows, (d_out, q, k, v))
     bounds = cu_seqlens, key_bounds(cu_seqlens, kernel_size, kernel_stride)
     schedule = interval_schedule(q.shape[2], v.shape[2], q.dtype, window_size > 0)
-    sizes = IntervalSizes(kernel_size, kernel_stride, window_size, softmax_scale)
+    sizes = IntervalSizes.of(kernel_size, kernel_stride, window_size, softmax_scale)
     given = d_out, q, k, v, *launch_shifts(d_out, d_lse.contiguous(), out, lse)
     launch_interval_dq(*given, *bounds, sizes, schedule.dq, dq)
     return dq, *launch_interval_dkv(*given, *bounds, sizes, schedule.dkv)

@@ -10,7 +10,7 @@ from ....types import AttentionOutput, SequenceLayout
 from ....validation import bad
 from ..delta import launch_shifts
 from ..inverted_index import Chunks, InvertedIndex, build_index, mark_valid
-from ..primitives import dense_rows
+from ..primitives import dense_rows, on_its_device
 from ..selected_kv_outer import launch_selected_bwd_kv_outer, launch_selected_fwd_kv_outer
 from ..selected_query_outer import launch_selected_dq_query_outer, launch_selected_fwd_query_outer
 from ..tuning import SelectedShape, loop_order_of, tiles_of
@@ -53,6 +53,7 @@ def selected_attention(
 
 
 @torch.library.custom_op("flash_sparse_attention::selected_attention_triton", mutates_args=())
+@on_its_device
 def _selected_attention(
     q: Tensor,
     k: Tensor,
@@ -83,8 +84,9 @@ def attend_selected(
     loop_order: str,
     workspace_mib: int,
     save_index: bool,
+    saved: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `_selected_attention`, for tensors whose rows are dense."""
+    """As `_selected_attention`, for tensors whose rows are dense, by a saved index if there is one."""
     shape = SelectedShape.of(q, k, v, block_indices, block_size)
     tiles = tiles_of(shape)
     if loop_order_of(shape, loop_order) == "query_outer":
@@ -93,7 +95,7 @@ def attend_selected(
             q, k, v, block_indices, place, cu_seqlens, block_size, softmax_scale, tiles.query_outer
         )
         return out, lse, *nothing(q)
-    index = _index(shape, block_indices, cu_seqlens, block_size, workspace_mib)
+    index = _index(shape, block_indices, cu_seqlens, block_size, workspace_mib, saved)
     out, lse = launch_selected_fwd_kv_outer(
         q, k, v, index, cu_seqlens, block_size, softmax_scale, tiles.kv_outer_forward
     )
@@ -103,6 +105,7 @@ def attend_selected(
 
 
 @torch.library.custom_op("flash_sparse_attention::selected_attention_triton_backward", mutates_args=())
+@on_its_device
 def _selected_attention_backward(
     d_out: Tensor,
     d_lse: Tensor,
@@ -150,10 +153,7 @@ def differentiate_selected(
     """Gradients of q, k and v, whose rows are dense; `shift` and `delta` are those of `launch_shifts`."""
     shape = SelectedShape.of(q, k, v, block_indices, block_size)
     tiles = tiles_of(shape)
-    if place.numel() > 0:
-        index = InvertedIndex(chunks_of(shape, block_indices, cu_seqlens, workspace_mib), place, pairs, run_ends)
-    else:
-        index = _index(shape, block_indices, cu_seqlens, block_size, workspace_mib)
+    index = _index(shape, block_indices, cu_seqlens, block_size, workspace_mib, (place, pairs, run_ends))
     sizes = cu_seqlens, block_size, softmax_scale
     given = d_out, q, k, v, shift, delta
     if loop_order_of(shape, loop_order) == "query_outer":
@@ -195,11 +195,18 @@ def chunks_of(shape: SelectedShape, block_indices: Tensor, cu_seqlens: Tensor, w
 
 
 def _index(
-    shape: SelectedShape, block_indices: Tensor, cu_seqlens: Tensor, block_size: int, workspace_mib: int
+    shape: SelectedShape,
+    block_indices: Tensor,
+    cu_seqlens: Tensor,
+    block_size: int,
+    workspace_mib: int,
+    saved: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> InvertedIndex:
-    return build_index(
-        block_indices, cu_seqlens, block_size, chunks_of(shape, block_indices, cu_seqlens, workspace_mib)
-    )
+    """The inverted index: the one that was saved, or built."""
+    chunks = chunks_of(shape, block_indices, cu_seqlens, workspace_mib)
+    if saved is not None and saved[0].numel() > 0:
+        return InvertedIndex(chunks, *saved)
+    return build_index(block_indices, cu_seqlens, block_size, chunks)
 
 
 def nothing(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
