@@ -67,10 +67,11 @@ class Case:
     def branches(self) -> bool:
         """Whether all of the whole attention is compiled.
 
-        Not where a case varies what only selected attention knows, nor for every head dimension on every device.
+        Not where a case varies what only selected attention knows, and some head dimensions will do.
         """
         selected_alone = (self.slots, self.block_size) != (16, 64) or self.group == 1 or self.dtype == torch.float16
-        return not selected_alone and (self.arch == 90 or max(self.dims) >= 128)
+        dims = ((128, 128), (192, 128), (80, 80)) if self.arch == 90 else ((128, 128),)
+        return not selected_alone and self.dims in dims
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
