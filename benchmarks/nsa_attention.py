@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from datetime import date
@@ -23,9 +22,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import triton
+from timing import commit, kernels, milliseconds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 
 import flash_sparse_attention as fsa
 from flash_sparse_attention import NSAConfig
@@ -140,18 +139,6 @@ def check(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> dict[str, float]:
     return errors
 
 
-def milliseconds(run: Callable[[], object], flush: Tensor) -> float:
-    """CUDA-event time of a run."""
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(4):
-        flush.zero_()
-    start.record()
-    run()
-    stop.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(stop)
-
-
 def both_passes(
     runs: dict[str, Callable[[], Tensor]], inputs: dict[str, tuple[Tensor, ...]], repeats: int, warm_up: int = 1
 ) -> dict[str, dict[str, float]]:
@@ -189,15 +176,6 @@ def draw(tokens: int, heads: int, kv_heads: int, dim: int = 128) -> tuple[Tensor
     options = {"device": "cuda", "dtype": torch.bfloat16}
     q, k, v = (torch.randn(tokens, h, dim, **options).requires_grad_() for h in (heads, kv_heads, kv_heads))
     return q, k, v, torch.randn(tokens, heads, 3, **options).requires_grad_()
-
-
-def kernels(run: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds of each kernel of a run, by name."""
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as record:
-        run()
-        torch.cuda.synchronize()
-    events = ((event.key.split("(")[0][:60], event.self_device_time_total / 1000) for event in record.key_averages())
-    return {name: round(ms, 3) for name, ms in events if ms > 0.01}
 
 
 def measure(tokens: int, heads: int, kv_heads: int, repeats: int, baselines: list[str]) -> dict[str, object]:
@@ -239,7 +217,7 @@ def measure(tokens: int, heads: int, kv_heads: int, repeats: int, baselines: lis
     del out, gradients, d_out
     if not finite:
         raise SystemExit(f"gradients at {tokens} tokens are not finite")
-    parts = kernels(lambda: torch.autograd.grad(runs["nsa"](), x, torch.ones_like(q)))
+    parts = kernels(lambda: torch.autograd.grad(runs["nsa"](), x, torch.ones_like(q)), 0.01)
     name = f"{tokens} tokens, {heads}/{kv_heads} heads of 128"
     print(name, {key: f"{value:.1e}" for key, value in errors.items()})
     for run, ways in medians.items():
@@ -370,12 +348,6 @@ def main() -> None:
         if arguments.output is not None:
             arguments.output.mkdir(parents=True, exist_ok=True)
             (arguments.output / f"{arguments.name}.json").write_text(json.dumps(report, indent=2) + "\n")
-
-
-def commit() -> str:
-    """The commit that is measured."""
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -15,18 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import triton
+from timing import commit, kernels, milliseconds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 
 import flash_sparse_attention as fsa
 
@@ -100,27 +98,6 @@ def check(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, block_size: int) -> 
     return errors
 
 
-def milliseconds(run: Callable[[], object], flush: Tensor) -> float:
-    """CUDA-event time of a run."""
-    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for _ in range(4):
-        flush.zero_()
-    start.record()
-    run()
-    stop.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(stop)
-
-
-def kernels(run: Callable[[], object]) -> dict[str, float]:
-    """Milliseconds of each kernel of a run, by name."""
-    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as record:
-        run()
-        torch.cuda.synchronize()
-    events = ((event.key.split("(")[0][:60], event.self_device_time_total / 1000) for event in record.key_averages())
-    return {name: round(ms, 3) for name, ms in events if ms > 0.004}
-
-
 def measure(shape: tuple[int, ...], repeats: int) -> dict[str, object]:
     """One shape: errors, times of all, ratios to full attention, kernels and memory of the KV-outer order."""
     tokens, heads, kv_heads, dim, block_size, slots = shape
@@ -173,7 +150,7 @@ def measure(shape: tuple[int, ...], repeats: int) -> dict[str, object]:
         "backward_workspace_mib": (torch.cuda.max_memory_allocated() - held - gradient_bytes) / 2**20,
     }
     parts = {
-        order: kernels(lambda order=order: torch.autograd.grad(sparse(order), (q, k, v), d_out))
+        order: kernels(lambda order=order: torch.autograd.grad(sparse(order), (q, k, v), d_out), 0.004)
         for order in LOOP_ORDERS
     }
     name = f"{tokens} tokens, {heads}/{kv_heads} heads of {dim}, {slots} blocks of {block_size}"
@@ -221,12 +198,6 @@ def main() -> None:
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / f"{arguments.name}.json").write_text(json.dumps(report, indent=2) + "\n")
-
-
-def commit() -> str:
-    """The commit that is measured."""
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 if __name__ == "__main__":

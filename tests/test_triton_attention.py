@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from typing import Any
 
 import pytest
 import torch
@@ -226,7 +227,7 @@ class Allocations(TorchDispatchMode):
         super().__init__()
         self.zeros: list[tuple[int, ...]] = []
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = function(*args, **(kwargs or {}))
         if function is torch.ops.aten.zeros.default:
             self.zeros.append(tuple(out.shape))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ PAPER, FINE = (
     NSAConfig(kernel_size=16, kernel_stride=8, block_size=48, num_selected_blocks=12, window_size=77),
 )
 GRID = [
-    *(case for case in FULL if case.dtype != torch.float64),
+    *(case for case in FULL if case.dtype != torch.float64 and set(OPERATORS) & set(case.operators)),
     # What kernels treat apart: head dimensions, groups that divide no tile, T and blocks that are no powers of two.
     *(
         Case((700, 1, 0, 333), heads, kv_heads, dim, dim_v, config, dtype, seed=11)
@@ -45,8 +46,6 @@ GRID = [
 @pytest.mark.parametrize("case", GRID, ids=str)
 def test_within_the_budgets(case: Case):
     operators = [operator for operator in OPERATORS if operator in case.operators]
-    if not operators:
-        pytest.skip("only selected attention")
     rows = list(judge(case, "cuda", impls=["triton"], operators=operators))
     assert all(row.ok for row in rows), [row for row in rows if not row.ok]
 
@@ -58,9 +57,9 @@ def inputs(tokens: int, heads: int = 8, kv_heads: int = 2, dim: int = 128) -> li
     return [*(t.requires_grad_() for t in x), torch.randn(tokens, heads, 3, **draw).requires_grad_()]
 
 
-def gradients(x: list[Tensor], **options: object) -> list[Tensor]:
+def gradients(x: list[Tensor], **options: Any) -> list[Tensor]:
     """Output, selection and gradients."""
-    out, indices = nsa_attention(*x, **options)  # type: ignore[arg-type]
+    out, indices = nsa_attention(*x, **options)
     return [out.detach(), indices, *torch.autograd.grad(out, x, torch.ones_like(out))]
 
 

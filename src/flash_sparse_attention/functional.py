@@ -470,7 +470,13 @@ def nsa_attention(
         ("v_compressed", v_compressed, pack.shape(keys, Hk=num_kv_heads, Dv=dim_v)),
         ("v_window", v_window, pack.shape(Hk=k_window.shape[-2], Dv=dim_v)),
     ):
-        check_tensor(name, x, sizes, FLOAT_DTYPES, cure="heads that select and all values as those of k and v")
+        check_tensor(
+            name,
+            x,
+            sizes,
+            FLOAT_DTYPES,
+            cure="the values of all branches are as wide as v, and the compressed branch has the heads of k",
+        )
     row = _whole(q, v, config, impl)
     if row is not None:
         _check_loop_order(loop_order, row)

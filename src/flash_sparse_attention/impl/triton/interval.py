@@ -218,13 +218,12 @@ def _key_range(
 
 
 @triton.jit
-def _softmax_step(
-    q, k_ptr, v_ptr, k_desc, v_desc, key_start, head, first_key, start, end, last, out, total, largest, scale,
+def _load_keys(
+    k_ptr, v_ptr, k_desc, v_desc, key_start, head, first_key, last,
     STRIDE_K: tl.constexpr, STRIDE_V: tl.constexpr, DIM_K: tl.constexpr, DIM_V: tl.constexpr,
-    WINDOW: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
+    KEYS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """A tile of keys enters a running softmax."""
-    EXACT: tl.constexpr = q.dtype == tl.float32
+    """Numbers of a tile of keys [KEYS], the keys [KEYS, DK] and their values [KEYS, DV]; 0 from `last` on if MASKED."""
     key = first_key + tl.arange(0, KEYS)
     if (k_desc is not None) and not MASKED:
         k = k_desc.load([key_start + first_key, head * DIM_K])
@@ -233,8 +232,22 @@ def _softmax_step(
         there = None
         if MASKED:
             there = key < last
-        k = load_rows(k_ptr, key.to(tl.int64) * STRIDE_K, there, DIM_K, padded_dim(DIM_K))  # [KEYS, DK]
-        v = load_rows(v_ptr, key.to(tl.int64) * STRIDE_V, there, DIM_V, padded_dim(DIM_V))  # [KEYS, DV]
+        k = load_rows(k_ptr, key.to(tl.int64) * STRIDE_K, there, DIM_K, padded_dim(DIM_K))
+        v = load_rows(v_ptr, key.to(tl.int64) * STRIDE_V, there, DIM_V, padded_dim(DIM_V))
+    return key, k, v
+
+
+@triton.jit
+def _softmax_step(
+    q, k_ptr, v_ptr, k_desc, v_desc, key_start, head, first_key, start, end, last, out, total, largest, scale,
+    STRIDE_K: tl.constexpr, STRIDE_V: tl.constexpr, DIM_K: tl.constexpr, DIM_V: tl.constexpr,
+    WINDOW: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """A tile of keys enters a running softmax."""
+    EXACT: tl.constexpr = q.dtype == tl.float32
+    key, k, v = _load_keys(
+        k_ptr, v_ptr, k_desc, v_desc, key_start, head, first_key, last, STRIDE_K, STRIDE_V, DIM_K, DIM_V, KEYS, MASKED
+    )
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [ROWS, KEYS]
     if MASKED:
         scores = tl.where(_visible(key[None, :], start[:, None], end[:, None], WINDOW), scores, -float("inf"))
@@ -328,16 +341,9 @@ def _dq_step(
 ):  # fmt: skip
     """What a tile of keys adds to dQ, before the scale of the scores."""
     EXACT: tl.constexpr = q.dtype == tl.float32
-    key = first_key + tl.arange(0, KEYS)
-    if (k_desc is not None) and not MASKED:
-        k = k_desc.load([key_start + first_key, head * DIM_K])
-        v = v_desc.load([key_start + first_key, head * DIM_V])
-    else:
-        there = None
-        if MASKED:
-            there = key < last
-        k = load_rows(k_ptr, key.to(tl.int64) * STRIDE_K, there, DIM_K, padded_dim(DIM_K))  # [KEYS, DK]
-        v = load_rows(v_ptr, key.to(tl.int64) * STRIDE_V, there, DIM_V, padded_dim(DIM_V))  # [KEYS, DV]
+    key, k, v = _load_keys(
+        k_ptr, v_ptr, k_desc, v_desc, key_start, head, first_key, last, STRIDE_K, STRIDE_V, DIM_K, DIM_V, KEYS, MASKED
+    )
     p = exp_below(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, shift[:, None], EXACT)  # [ROWS, KEYS]
     if MASKED:
         p = tl.where(_visible(key[None, :], start[:, None], end[:, None], WINDOW), p, 0.0)

@@ -178,11 +178,9 @@ def _nsa_attention(
         "selected": (out_selected, lse_selected),
         "window": (out_window, lse_window),
     }
-    saved = [
-        x if x is lse or sizes.keeps(name) else out.new_empty(0)
-        for name, (y, lse) in branches.items()
-        for x in (y, lse)
-    ]
+    saved: list[Tensor] = []
+    for name, (out_branch, lse) in branches.items():
+        saved += [out_branch if sizes.keeps(name) else out.new_empty(0), lse]
     return [out, block_indices, *saved, *index]
 
 
@@ -277,28 +275,12 @@ def _empty_outputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sizes: S
     return [out, indices, *saved, *index]
 
 
-@_nsa_attention.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, k_compressed: Tensor, v_compressed: Tensor, k_window: Tensor, v_window: Tensor,
-    gates: Tensor, cu_seqlens: Tensor, max_length: int, kernel_size: int, kernel_stride: int, block_size: int,
-    num_selected_blocks: int, num_init_blocks: int, num_local_blocks: int, window_size: int, softmax_scale: float,
-    loop_order: str, workspace_mib: int, recompute: str,
-) -> list[Tensor]:  # fmt: skip
-    sizes = Sizes(
-        max_length, kernel_size, kernel_stride, block_size, num_selected_blocks, num_init_blocks, num_local_blocks,
-        window_size, softmax_scale, loop_order, workspace_mib, recompute,
-    )  # fmt: skip
-    return _empty_outputs(q, k, v, cu_seqlens, sizes)
-
-
-@_nsa_attention_backward.register_fake
-def _(
-    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, k_compressed: Tensor, v_compressed: Tensor, k_window: Tensor,
-    v_window: Tensor, gates: Tensor, cu_seqlens: Tensor, saved: list[Tensor], max_length: int, kernel_size: int,
-    kernel_stride: int, block_size: int, num_selected_blocks: int, num_init_blocks: int, num_local_blocks: int,
-    window_size: int, softmax_scale: float, loop_order: str, workspace_mib: int, recompute: str,
-) -> list[Tensor]:  # fmt: skip
-    return [x.new_empty(x.shape) for x in (q, k, v, k_compressed, v_compressed, k_window, v_window, gates)]
+_nsa_attention.register_fake(
+    lambda q, k, v, k_compressed, v_compressed, k_window, v_window, gates, cu_seqlens, *sizes: _empty_outputs(
+        q, k, v, cu_seqlens, Sizes(*sizes)
+    )
+)
+_nsa_attention_backward.register_fake(lambda d_out, *inputs: [x.new_empty(x.shape) for x in inputs[:8]])
 
 
 def _save(ctx, inputs, output):
