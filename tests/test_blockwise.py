@@ -130,9 +130,9 @@ def operator_arguments() -> dict[str, tuple[Any, ...]]:
     lse = torch.randn(36, 4)
     indices = torch.randint(-1, 3, (36, 2, 3), dtype=torch.int32)
     return {
-        "interval_attention_blockwise": (q, k_compressed, v_compressed, bounds, 8, 4, 0, 0.3),
-        "selected_attention_blockwise": (q, k, v, indices, bounds, 8, 0.3),
-        "select_blocks_blockwise": (q, k_compressed, lse, bounds, 8, 4, 8, 3, 1, 1, 0.3),
+        "interval_attention_blockwise": (q, k_compressed, v_compressed, bounds, bounds, 8, 4, 0, 0.3),
+        "selected_attention_blockwise": (q, k, v, indices, bounds, bounds, 8, 0.3),
+        "select_blocks_blockwise": (q, k_compressed, lse, bounds, bounds, 8, 4, 8, 3, 1, 1, 0.3),
     }
 
 

@@ -10,12 +10,13 @@ from .functional import (
     compressed_attention,
     interval_attention,
     nsa_attention,
+    nsa_attention_with_kvcache,
     select_blocks,
     selected_attention,
     sliding_window_attention,
 )
 from .geometry import Interval
-from .types import AttentionOutput, Compression, NSAOutput, SequenceLayout
+from .types import AttentionOutput, Compression, KVPages, NSAOutput, SequenceLayout
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "AttentionOutput",
     "Compression",
     "Interval",
+    "KVPages",
     "NSAConfig",
     "NSAOutput",
     "SequenceLayout",
@@ -32,6 +34,7 @@ __all__ = [
     "compressed_attention",
     "interval_attention",
     "nsa_attention",
+    "nsa_attention_with_kvcache",
     "select_blocks",
     "selected_attention",
     "sliding_window_attention",

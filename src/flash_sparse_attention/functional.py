@@ -7,6 +7,9 @@ ever crosses the bound of a sequence.
 
 Every operator takes
     cu_seqlens: bounds of the packed sequences, int32 `[B + 1]`, or a `SequenceLayout`, which saves a copy to the host.
+    cu_seqlens_k: those that have queries: bounds of the packed tokens that have keys, alike, where these are more than
+        the queries (a prompt that is read in pieces, or continued): the queries of a sequence are its last tokens, as
+        in flash-attn. By default every token has a query.
     impl: `auto`, or `reference`, `blockwise` or `triton`; an explicit choice that cannot run is an error.
 and raises `ValueError` for an argument of a wrong shape, dtype, device or value.
 
@@ -25,9 +28,9 @@ from torch import Tensor
 from . import geometry
 from .config import NSAConfig, compression_kinds
 from .geometry import Interval
-from .impl import WHOLE, Capability, available, load, resolve
+from .impl import WHOLE, WITH_KVCACHE, Capability, available, load, resolve
 from .precision import no_autocast
-from .types import AttentionOutput, Compression, NSAOutput, SequenceLayout
+from .types import AttentionOutput, Compression, KVPages, NSAOutput, SequenceLayout
 from .validation import (
     FLOAT_DTYPES,
     bad,
@@ -87,6 +90,8 @@ def compress(
     """
     _check_windows(kernel_size, kernel_stride)
     pack = _Pack.of("x", x, "Hk", "D", cu_seqlens)
+    if pack.layout.with_past is not None:
+        raise bad("cu_seqlens", "the layout of all tokens of x", "one of the last tokens", "pass layout.keys")
     compression = Compression(kind, weight, bias, weight_out, bias_out, position_embedding)
     _check_compression(x, compression, kernel_size)
     out = _run("compress", impl, x, pack.flat(x), compression, kernel_size, kernel_stride, pack.layout)
@@ -100,6 +105,7 @@ def interval_attention(
     interval: Interval,
     *,
     cu_seqlens: CuSeqlens = None,
+    cu_seqlens_k: CuSeqlens = None,
     softmax_scale: float | None = None,
     impl: str = "auto",
 ) -> AttentionOutput:
@@ -111,7 +117,7 @@ def interval_attention(
             divides Hq, and query head h belongs to key/value head h // (Hq / Hk).
         v: values `[M, Hk, Dv]`; Dv may differ from Dk.
         interval: which keys a query sees.
-        cu_seqlens: bounds of the query tokens; see the module.
+        cu_seqlens, cu_seqlens_k: bounds of the queries, and of the tokens that have keys; see the module.
         softmax_scale: factor of the scores; Dk ** -0.5 by default.
         impl: see the module.
 
@@ -126,9 +132,10 @@ def interval_attention(
         >>> causal.out.shape, causal.lse.shape
         (torch.Size([2, 100, 4, 16]), torch.Size([2, 100, 4]))
     """
-    pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens)
+    pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens, cu_seqlens_k)
     scale = _check_qkv(pack, q, k, v, interval, softmax_scale, suffix="")
-    compute = load(resolve("interval_attention", impl, q.device, q.dtype, max(q.shape[-1], v.shape[-1])))
+    past = pack.layout.with_past is not None
+    compute = load(resolve("interval_attention", impl, q.device, q.dtype, max(q.shape[-1], v.shape[-1]), past=past))
     with no_autocast(q):
         result = compute(*map(pack.flat, (q, k, v)), interval, pack.layout, scale)
     return AttentionOutput(*map(pack.restore, result))
@@ -142,6 +149,7 @@ def compressed_attention(
     kernel_size: int = 32,
     kernel_stride: int = 16,
     cu_seqlens: CuSeqlens = None,
+    cu_seqlens_k: CuSeqlens = None,
     softmax_scale: float | None = None,
     impl: str = "auto",
 ) -> AttentionOutput:
@@ -153,7 +161,7 @@ def compressed_attention(
         v_compressed: compressed values `[M, Hk, Dv]`.
         kernel_size: l, tokens of a window.
         kernel_stride: d, tokens between windows; divides l.
-        cu_seqlens: bounds of the tokens, not of the compressed ones; see the module.
+        cu_seqlens, cu_seqlens_k: bounds of the tokens, not of the compressed ones; see the module.
         softmax_scale: factor of the scores; Dk ** -0.5 by default.
         impl: see the module.
 
@@ -167,7 +175,7 @@ def compressed_attention(
         torch.Size([100, 8, 16])
     """
     _check_windows(kernel_size, kernel_stride)
-    pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens)
+    pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens, cu_seqlens_k)
     keys = Interval(kernel_size, kernel_stride)
     _check_qkv(pack, q, k_compressed, v_compressed, keys, softmax_scale, suffix="_compressed")
     return interval_attention(
@@ -188,6 +196,7 @@ def sliding_window_attention(
     *,
     window_size: int = 512,
     cu_seqlens: CuSeqlens = None,
+    cu_seqlens_k: CuSeqlens = None,
     softmax_scale: float | None = None,
     impl: str = "auto",
 ) -> AttentionOutput:
@@ -198,7 +207,7 @@ def sliding_window_attention(
         k: keys `[N, Hk, Dk]` or `[B, S, Hk, Dk]`.
         v: values `[N, Hk, Dv]` or `[B, S, Hk, Dv]`.
         window_size: w, tokens that a query sees, exactly; some other code counts one more.
-        cu_seqlens: see the module.
+        cu_seqlens, cu_seqlens_k: see the module.
         softmax_scale: factor of the scores; Dk ** -0.5 by default.
         impl: see the module.
 
@@ -212,7 +221,9 @@ def sliding_window_attention(
         True
     """
     interval = Interval(window_size=check_positive("window_size", window_size))
-    return interval_attention(q, k, v, interval, cu_seqlens=cu_seqlens, softmax_scale=softmax_scale, impl=impl)
+    return interval_attention(
+        q, k, v, interval, cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k, softmax_scale=softmax_scale, impl=impl
+    )
 
 
 def select_blocks(
@@ -227,6 +238,7 @@ def select_blocks(
     num_init_blocks: int = 1,
     num_local_blocks: int = 2,
     cu_seqlens: CuSeqlens = None,
+    cu_seqlens_k: CuSeqlens = None,
     softmax_scale: float | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -246,7 +258,7 @@ def select_blocks(
         num_selected_blocks: T, blocks kept, the forced ones included.
         num_init_blocks: first blocks, always kept.
         num_local_blocks: newest blocks, always kept, the query's own included.
-        cu_seqlens: see the module.
+        cu_seqlens, cu_seqlens_k: see the module.
         softmax_scale: factor of the scores; Dk ** -0.5 by default.
         impl: see the module.
 
@@ -268,13 +280,15 @@ def select_blocks(
     forced = num_init_blocks + num_local_blocks
     if check_positive("num_selected_blocks", num_selected_blocks) < forced:
         raise bad("num_selected_blocks", f"at least num_init_blocks + num_local_blocks = {forced}", num_selected_blocks)
-    pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens)
+    pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens, cu_seqlens_k)
     keys = Interval(kernel_size, kernel_stride)
     scale = _check_qkv(pack, q, k_compressed, k_compressed, keys, softmax_scale, suffix="_compressed")
     check_tensor("lse", lse, pack.shape(Hq=q.shape[-2]), FLOAT_DTYPES)
     check_same("device", q=q, lse=lse)
     reach = geometry.windows_reach(kernel_size, kernel_stride, block_size)
-    compute = load(resolve("select_blocks", impl, q.device, q.dtype, q.shape[-1], reach, num_selected_blocks))
+    past = pack.layout.with_past is not None
+    sizes = q.shape[-1], reach, num_selected_blocks, past
+    compute = load(resolve("select_blocks", impl, q.device, q.dtype, *sizes))
     tensors = map(pack.flat, (q, k_compressed, lse))
     blocks = block_size, num_selected_blocks, num_init_blocks, num_local_blocks
     with no_autocast(q):
@@ -289,6 +303,7 @@ def selected_attention(
     *,
     block_size: int = 64,
     cu_seqlens: CuSeqlens = None,
+    cu_seqlens_k: CuSeqlens = None,
     softmax_scale: float | None = None,
     impl: str = "auto",
     loop_order: str = "auto",
@@ -305,7 +320,7 @@ def selected_attention(
             any order. Entries that are negative, out of range or in the future count as unused; a repeated block
             counts once.
         block_size: l', tokens of a block.
-        cu_seqlens: see the module.
+        cu_seqlens, cu_seqlens_k: see the module.
         softmax_scale: factor of the scores; Dk ** -0.5 by default.
         impl: see the module.
         loop_order: schedule of the kernels: `kv_outer` (FSA: blocks in the outer loop, the queries that selected one in
@@ -326,7 +341,7 @@ def selected_attention(
         torch.Size([100, 8, 16])
     """
     check_positive("block_size", block_size)
-    pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens)
+    pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens, cu_seqlens_k)
     scale = _check_qkv(pack, q, k, v, Interval(), softmax_scale, suffix="")
     check_tensor(
         "block_indices",
@@ -339,7 +354,8 @@ def selected_attention(
         raise bad("block_indices", "of at least one slot T", list(block_indices.shape), "put -1 in what is unused")
     check_same("device", q=q, block_indices=block_indices)
     check_positive("workspace_mib", workspace_mib)
-    row = resolve("selected_attention", impl, q.device, q.dtype, max(q.shape[-1], v.shape[-1]))
+    past = pack.layout.with_past is not None
+    row = resolve("selected_attention", impl, q.device, q.dtype, max(q.shape[-1], v.shape[-1]), past=past)
     _check_loop_order(loop_order, row)
     schedule = {"loop_order": loop_order, "workspace_mib": workspace_mib, "save_index": save_index}
     tensors = map(pack.flat, (q, k, v, block_indices))
@@ -397,6 +413,7 @@ def nsa_attention(
     compression_k: Compression | None = None,
     compression_v: Compression | None = None,
     cu_seqlens: CuSeqlens = None,
+    cu_seqlens_k: CuSeqlens = None,
     softmax_scale: float | None = None,
     impl: str = "auto",
     loop_order: str = "auto",
@@ -422,7 +439,7 @@ def nsa_attention(
         v_window: values of the sliding window; `v` by default.
         compression_k: how `k` is compressed where `k_compressed` is not given; the mean by default.
         compression_v: how `v` is compressed where `v_compressed` is not given; the mean by default.
-        cu_seqlens: see the module.
+        cu_seqlens, cu_seqlens_k: see the module.
         softmax_scale: factor of the scores; Dk ** -0.5 by default.
         impl: see the module.
         loop_order: of selected attention; see `selected_attention`.
@@ -442,7 +459,7 @@ def nsa_attention(
         torch.Size([1, 300, 8, 16])
     """
     config = NSAConfig() if config is None else config
-    pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens)
+    pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens, cu_seqlens_k)
     k_window, v_window = k if k_window is None else k_window, v if v_window is None else v_window
     _check_qkv(pack, q, k, v, Interval(), softmax_scale, suffix="")
     _check_qkv(pack, q, k_window, v_window, Interval(), softmax_scale, suffix="_window")
@@ -457,10 +474,11 @@ def nsa_attention(
             raise bad(f"compression_{side}", f"left out where {side}_compressed is given", "both", "pass one of them")
     bounds: dict[str, Any] = {"cu_seqlens": None if pack.batched else pack.layout}
     windows: dict[str, Any] = {"kernel_size": config.kernel_size, "kernel_stride": config.kernel_stride}
+    key_bounds: dict[str, Any] = {"cu_seqlens": None if pack.batched else pack.layout.keys}
     if k_compressed is None:
-        k_compressed = compress(k, **(compression_k or Compression())._asdict(), **windows, **bounds, impl=impl)
+        k_compressed = compress(k, **(compression_k or Compression())._asdict(), **windows, **key_bounds, impl=impl)
     if v_compressed is None:
-        v_compressed = compress(v, **(compression_v or Compression())._asdict(), **windows, **bounds, impl=impl)
+        v_compressed = compress(v, **(compression_v or Compression())._asdict(), **windows, **key_bounds, impl=impl)
     common: dict[str, Any] = {**bounds, "softmax_scale": softmax_scale, "impl": impl}
     keys = Interval(config.kernel_size, config.kernel_stride)
     scale = _check_qkv(pack, q, k_compressed, v_compressed, keys, softmax_scale, suffix="_compressed")
@@ -468,7 +486,7 @@ def nsa_attention(
     for name, x, sizes in (
         ("k_compressed", k_compressed, pack.shape(keys, Hk=num_kv_heads, Dk=q.shape[-1])),
         ("v_compressed", v_compressed, pack.shape(keys, Hk=num_kv_heads, Dv=dim_v)),
-        ("v_window", v_window, pack.shape(Hk=k_window.shape[-2], Dv=dim_v)),
+        ("v_window", v_window, pack.shape(Interval(), Hk=k_window.shape[-2], Dv=dim_v)),
     ):
         check_tensor(
             name,
@@ -477,7 +495,7 @@ def nsa_attention(
             FLOAT_DTYPES,
             cure="the values of all branches are as wide as v, and the compressed branch has the heads of k",
         )
-    row = _whole(q, v, config, impl)
+    row = _whole(q, v, config, impl, pack.layout.with_past is not None)
     if row is not None:
         _check_loop_order(loop_order, row)
         tensors = (q, k, v, k_compressed, v_compressed, k_window, v_window, gates)
@@ -506,12 +524,109 @@ def nsa_attention(
     return NSAOutput(combine(out_compressed, selected.out, window.out, gates, impl=impl), block_indices)
 
 
-def _whole(q: Tensor, v: Tensor, config: NSAConfig, impl: str) -> Capability | None:
+def nsa_attention_with_kvcache(
+    q: Tensor,
+    gates: Tensor,
+    pages: KVPages,
+    config: NSAConfig | None = None,
+    *,
+    softmax_scale: float | None = None,
+    impl: str = "auto",
+) -> NSAOutput:
+    """Native Sparse Attention of new tokens over a cache that holds them and all tokens before: decoding.
+
+    The new tokens are the last ones of their sequences: token i of S stands at position `seq_lens[b] - S + i`. One at a
+    negative position, of a sequence shorter than S, has output 0 and no block. `cache.NSACache` makes and fills caches.
+
+    Made for a few new tokens; only what they attend to is read. Nothing waits for the device in the Triton kernels, and
+    lengths and pages may change between replays of a CUDA graph. No gradients.
+
+    Args:
+        q: queries of the new tokens, `[B, S, Hq, Dk]`.
+        gates: gates before the sigmoid, `[B, S, Hq, 3]` or `[B, S, 1, 3]`: compressed, selected, window.
+        pages: keys and values, those of the new tokens included. No content of its `page_table` and `seq_lens` leads
+            to an access out of bounds; a token whose page is none is not attended to.
+        config: the sizes (windows, blocks, T, window); `NSAConfig()` by default.
+        softmax_scale: factor of the scores; Dk ** -0.5 by default.
+        impl: see the module.
+
+    Returns:
+        `out [B, S, Hq, Dv]` and `block_indices [B, S, Hk, T]`.
+
+    Example:
+        >>> import torch
+        >>> from flash_sparse_attention.types import KVPages
+        >>> k, k_compressed = torch.randn(2, 1024, 2, 16), torch.randn(2, 64, 2, 16)
+        >>> table, lengths = torch.tensor([[0], [1]], dtype=torch.int32), torch.tensor([1000, 7], dtype=torch.int32)
+        >>> pages = KVPages(k, k, k, k, k_compressed, k_compressed, table, lengths)
+        >>> nsa_attention_with_kvcache(torch.randn(2, 1, 8, 16), torch.zeros(2, 1, 8, 3), pages).out.shape
+        torch.Size([2, 1, 8, 16])
+    """
+    config = NSAConfig() if config is None else config
+    check_tensor("q", q, {"B": None, "S": None, "Hq": None, "Dk": None}, FLOAT_DTYPES)
+    batch, tokens, num_heads, head_dim = q.shape
+    check_pages(pages, config)
+    num_kv_heads, dim_v = pages.v.shape[2:]
+    check_heads(num_heads, num_kv_heads)
+    if pages.k.shape[3] != head_dim:
+        raise bad("q", f"of the head dimension of the cache, Dk={pages.k.shape[3]}", list(q.shape))
+    if len(pages.seq_lens) != batch:
+        raise bad("q", f"of the B={len(pages.seq_lens)} sequences of the cache", list(q.shape))
+    shared = isinstance(gates, Tensor) and gates.dim() == 4 and gates.shape[2] == 1
+    gate_shape: dict[str, int | None] = {"B": batch, "S": tokens, "Hq": 1 if shared else num_heads, "branches": 3}
+    check_tensor("gates", gates, gate_shape, FLOAT_DTYPES, cure="one gate per head and branch, or one head for all")
+    check_same("dtype", **{"pages.k": pages.k}, q=q)
+    check_same("device", **{"pages.k": pages.k}, q=q, gates=gates)
+    if 0 in q.shape[:2]:
+        empty = q.new_empty(batch, tokens, num_kv_heads, config.num_selected_blocks, dtype=torch.int32)
+        return NSAOutput(q.new_empty(batch, tokens, num_heads, dim_v), empty)
+    reach = geometry.windows_reach(config.kernel_size, config.kernel_stride, config.block_size)
+    sizes = max(head_dim, dim_v), reach, config.num_selected_blocks
+    compute = load(resolve(WITH_KVCACHE, impl, q.device, q.dtype, *sizes))
+    scale = float(head_dim) ** -0.5 if softmax_scale is None else float(softmax_scale)
+    with no_autocast(q):
+        return NSAOutput(*compute(q, gates, pages, config, scale))
+
+
+def check_pages(pages: KVPages, config: NSAConfig) -> None:
+    """The tensors of a cache fit each other and the configuration; their contents are not read.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    if not isinstance(pages, KVPages):
+        raise bad("pages", "a KVPages", type(pages).__name__, "NSACache.pages(layer) gives one")
+    check_tensor("pages.k", pages.k, dict.fromkeys(("P", "page_size", "Hk", "Dk")), FLOAT_DTYPES)
+    check_tensor("pages.v", pages.v, dict.fromkeys(("P", "page_size", "Hk", "Dv")), FLOAT_DTYPES)
+    count, page_size, num_kv_heads, dim = pages.k.shape
+    dim_v, rows = pages.v.shape[3], page_size // config.kernel_stride
+    if page_size == 0 or page_size % config.block_size:
+        raise bad("pages.k", f"of pages of a multiple of block_size={config.block_size} tokens", page_size)
+    for name, size, width in (
+        ("v", page_size, dim_v),
+        ("k_window", page_size, dim),
+        ("v_window", page_size, dim_v),
+        ("k_compressed", rows, dim),
+        ("v_compressed", rows, dim_v),
+    ):
+        shape: dict[str, int | None] = {"P": count, "rows": size, "Hk": num_kv_heads, "D": width}
+        check_tensor(f"pages.{name}", getattr(pages, name), shape, FLOAT_DTYPES)
+    check_tensor("pages.page_table", pages.page_table, {"B": None, "pages": None}, (torch.int32,))
+    check_tensor("pages.seq_lens", pages.seq_lens, {"B": len(pages.page_table)}, (torch.int32,))
+    if 0 in (count, num_kv_heads, dim, dim_v, pages.page_table.shape[1]):
+        raise bad("pages.k", "of at least one page, head and channel", list(pages.k.shape))
+    named = {f"pages.{name}": value for name, value in vars(pages).items()}
+    check_same("device", **named)
+    del named["pages.page_table"], named["pages.seq_lens"]
+    check_same("dtype", **named)
+
+
+def _whole(q: Tensor, v: Tensor, config: NSAConfig, impl: str, past: bool) -> Capability | None:
     """The row that computes the whole attention at once, or None if its operators are to be called one by one."""
     if impl not in ("auto", "triton"):
         return None
     reach = geometry.windows_reach(config.kernel_size, config.kernel_stride, config.block_size)
-    sizes = q.device, q.dtype, max(q.shape[-1], v.shape[-1]), reach, config.num_selected_blocks
+    sizes = q.device, q.dtype, max(q.shape[-1], v.shape[-1]), reach, config.num_selected_blocks, past
     if impl == "auto" and not available(WHOLE, *sizes):
         return None
     return resolve(WHOLE, impl, *sizes)
@@ -525,7 +640,9 @@ class _Pack:
     batched: bool
 
     @classmethod
-    def of(cls, name: str, x: Tensor, heads: str, dim: str, cu_seqlens: CuSeqlens) -> _Pack:
+    def of(
+        cls, name: str, x: Tensor, heads: str, dim: str, cu_seqlens: CuSeqlens, cu_seqlens_k: CuSeqlens = None
+    ) -> _Pack:
         """The form of the call whose first tensor is `x`."""
         batched = isinstance(x, Tensor) and x.dim() == 4
         shape: dict[str, int | None] = dict.fromkeys((*(("B", "S") if batched else ("N",)), heads, dim))
@@ -539,12 +656,19 @@ class _Pack:
         for what, size in zip(shape, x.shape, strict=True):
             if size == 0 and what not in ("N", "S"):
                 raise bad(name, f"a tensor [{', '.join(shape)}] with {what} of at least 1", list(x.shape))
-        return cls(SequenceLayout.of(name, x, batched, cu_seqlens), batched)
+        layout = SequenceLayout.of(name, x, batched, cu_seqlens)
+        if cu_seqlens_k is not None:
+            if batched:
+                raise bad("cu_seqlens_k", f"left out for a batched {name} [B, S, ...]", "both", "pack the batch")
+            if isinstance(cu_seqlens_k, Tensor):
+                cu_seqlens_k = SequenceLayout.from_cu_seqlens(cu_seqlens_k)
+            layout = layout.after(cu_seqlens_k)
+        return cls(layout, batched)
 
     def shape(self, keys: Interval | None = None, **dims: int | None) -> dict[str, int | None]:
-        """The expected shape of a tensor over the keys of an interval (over the tokens by default)."""
+        """The expected shape of a tensor over the keys of an interval (over the queries by default)."""
         lengths = self.layout.lengths
-        counts = lengths if keys is None else tuple(map(keys.num_keys, lengths))
+        counts = lengths if keys is None else tuple(map(keys.num_keys, self.layout.keys.lengths))
         if self.batched:
             return {"B": len(counts), "S": max(counts, default=0), **dims}
         return {"N" if counts == lengths else "M": sum(counts), **dims}

@@ -73,6 +73,15 @@ def window_start(window: Ints, kernel_stride: int) -> Ints:
     return window * kernel_stride
 
 
+def newest_chunk(window: Ints, kernel_size: int, kernel_stride: int) -> Ints:
+    """Last chunk of a compression window: i + l / d - 1. A cache keeps compressed tokens by it.
+
+    >>> [newest_chunk(i, 32, 16) for i in (0, 1)]
+    [1, 2]
+    """
+    return window + kernel_size // kernel_stride - 1
+
+
 def overlap(window: Ints, block: Ints, kernel_size: int, kernel_stride: int, block_size: int) -> Ints:
     """Chunks that a compression window and a selection block share.
 

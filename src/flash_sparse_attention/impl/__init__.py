@@ -20,6 +20,8 @@ from ..validation import check_choice
 OPERATORS = ("compress", "interval_attention", "select_blocks", "selected_attention", "combine")
 # All of them in a row, where an implementation has that as one operator; elsewhere they are called one by one.
 WHOLE = "nsa_attention"
+# The whole attention of new tokens over a cache.
+WITH_KVCACHE = "nsa_attention_with_kvcache"
 IMPLEMENTATIONS = ("reference", "blockwise", "triton")
 # Found out here, as torch.compile cannot trace the search.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -42,6 +44,7 @@ class Capability:
         loop_orders: the loop orders of selected attention between which a caller may choose.
         max_reach: how many blocks past its first a compression window may reach, or None; see `geometry.windows_reach`.
         max_slots: the largest number of blocks that a query may keep, or None.
+        past: whether there may be more keys than queries.
     """
 
     operator: str
@@ -55,9 +58,16 @@ class Capability:
     loop_orders: tuple[str, ...] = ()
     max_reach: int | None = None
     max_slots: int | None = None
+    past: bool = True
 
     def refusal(
-        self, device: torch.device, dtype: torch.dtype, head_dim: int = 0, reach: int = 0, slots: int = 0
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        head_dim: int = 0,
+        reach: int = 0,
+        slots: int = 0,
+        past: bool = False,
     ) -> str | None:
         """Why this implementation cannot run here, or None if it can."""
         # Triton's interpreter runs its kernels on CPU tensors, for tests.
@@ -72,6 +82,8 @@ class Capability:
             return "it takes compression windows of at most block_size + kernel_stride tokens"
         if self.max_slots is not None and slots > self.max_slots:
             return f"it keeps up to {self.max_slots} blocks a query, not {slots}"
+        if past and not self.past:
+            return "it takes as many queries as keys"
         if self.impl == "triton" and not _HAS_TRITON:
             return "it needs Triton, which is not installed (pip install 'flash-sparse-attention[triton]')"
         return None
@@ -97,6 +109,7 @@ CAPABILITIES: tuple[Capability, ...] = (
             loop_orders=loop_orders,
             max_reach=1 if op in ("select_blocks", WHOLE) else None,
             max_slots=256 if op in ("select_blocks", WHOLE) else None,
+            past=False,
         )
         for op, note, loop_orders in (
             ("compress", "Triton kernels", ()),
@@ -122,11 +135,11 @@ CAPABILITIES: tuple[Capability, ...] = (
             "PyTorch in blocks, memory linear in N",
             loop_orders=("kv_outer",) if op == "selected_attention" else (),
         )
-        for op in OPERATORS
+        for op in (*OPERATORS, WITH_KVCACHE)
     ),
     *(
         Capability(op, "reference", "reference", ("any",), _FLOATS, False, "the specification, dense, memory N x N")
-        for op in OPERATORS
+        for op in (*OPERATORS, WITH_KVCACHE)
     ),
 )
 
@@ -156,6 +169,7 @@ def resolve(
     head_dim: int = 0,
     reach: int = 0,
     slots: int = 0,
+    past: bool = False,
 ) -> Capability:
     """The row of the table that computes `operator`; an explicit `impl` never falls back to another.
 
@@ -166,9 +180,9 @@ def resolve(
     rows = [row for row in CAPABILITIES if row.operator == operator and impl in ("auto", row.impl)]
     candidates = [row for row in rows if row.auto or impl != "auto"]
     for row in candidates:
-        if row.refusal(device, dtype, head_dim, reach, slots) is None:
+        if row.refusal(device, dtype, head_dim, reach, slots, past) is None:
             return row
-    refusals = [str(row.refusal(device, dtype, head_dim, reach, slots)) for row in candidates]
+    refusals = [str(row.refusal(device, dtype, head_dim, reach, slots, past)) for row in candidates]
     reasons = "; ".join(refusals) or "this version does not have it"
     raise ValueError(f"impl={impl!r} cannot compute {operator}: {reasons}; use impl='auto' for what runs here")
 
@@ -199,7 +213,7 @@ def _load(module: str) -> ModuleType:
 def explain(device: torch.device, dtype: torch.dtype) -> list[Decision]:
     """What `impl="auto"` takes on this device and dtype for each operator and for the whole, and why not the others."""
     decisions = []
-    for operator in (*OPERATORS, WHOLE):
+    for operator in (*OPERATORS, WHOLE, WITH_KVCACHE):
         taken = False
         for row in (row for row in CAPABILITIES if row.operator == operator):
             refusal = row.refusal(device, dtype)
@@ -214,8 +228,14 @@ def explain(device: torch.device, dtype: torch.dtype) -> list[Decision]:
 
 
 def available(
-    operator: str, device: torch.device, dtype: torch.dtype, head_dim: int = 0, reach: int = 0, slots: int = 0
+    operator: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int = 0,
+    reach: int = 0,
+    slots: int = 0,
+    past: bool = False,
 ) -> list[str]:
     """Names of the implementations that can run `operator` on this device and dtype, with these sizes."""
     rows = (row for row in CAPABILITIES if row.operator == operator)
-    return [row.impl for row in rows if row.refusal(device, dtype, head_dim, reach, slots) is None]
+    return [row.impl for row in rows if row.refusal(device, dtype, head_dim, reach, slots, past) is None]

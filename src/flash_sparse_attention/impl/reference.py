@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import geometry
+from ..config import NSAConfig
 from ..geometry import Interval
 from ..precision import wide
-from ..types import AttentionOutput, Compression, SequenceLayout
+from ..types import AttentionOutput, Compression, KVPages, NSAOutput, SequenceLayout
 
 
 def compress(
@@ -77,7 +78,7 @@ def block_importance(
     scores_TKGS = _scores(q, k_compressed, softmax_scale)
     lse_TKG1 = lse.reshape(scores_TKGS.shape[:3]).unsqueeze(-1).to(scores_TKGS.dtype)
     p_TKGS = (scores_TKGS - lse_TKG1).exp().where(visible_TS[:, None, None, :], 0.0)
-    blocks_J = torch.arange(geometry.num_blocks(layout.max_length, block_size), device=q.device)
+    blocks_J = torch.arange(geometry.num_blocks(layout.keys.max_length, block_size), device=q.device)
     overlap_SJ = geometry.overlap(pos_S[:, None], blocks_J[None, :], kernel_size, kernel_stride, block_size)
     return torch.einsum("tkgs,sj->tkj", p_TKGS, overlap_SJ.to(p_TKGS.dtype))
 
@@ -122,15 +123,15 @@ def selected_attention(
     softmax_scale: float,
 ) -> AttentionOutput:
     """Query t of head h attends to the tokens s <= t whose block is among block_indices[t, h // G]."""
-    pos = layout.positions()
-    blocks = geometry.num_blocks(layout.max_length, block_size)
+    pos_T1, pos_S = layout.positions()[:, None], layout.keys.positions()
+    blocks = geometry.num_blocks(layout.keys.max_length, block_size)
     # Column `blocks` collects the indices that name no block.
     named = block_indices.long().masked_fill((block_indices < 0) | (block_indices >= blocks), blocks)
     selected_TKJ = torch.zeros(*named.shape[:2], blocks + 1, dtype=torch.bool, device=q.device)
     selected_TKJ = selected_TKJ.scatter(2, named, True)
-    ids = layout.sequence_ids()
-    causal_TS = (ids[:, None] == ids[None, :]) & (pos[None, :] <= pos[:, None])
-    visible_TKS = selected_TKJ[..., geometry.block_of(pos, block_size)] & causal_TS[:, None]
+    same_TS = layout.sequence_ids()[:, None] == layout.keys.sequence_ids()
+    causal_TS = same_TS & (pos_S <= pos_T1)
+    visible_TKS = selected_TKJ[..., geometry.block_of(pos_S, block_size)] & causal_TS[:, None]
     return _masked_attention(q, k, v, visible_TKS, softmax_scale)
 
 
@@ -138,6 +139,44 @@ def combine(out_compressed: Tensor, out_selected: Tensor, out_window: Tensor, ga
     """Sum over the branches of sigmoid(gate) times the branch's output. gates: `[N, H, 3]` or `[N, 1, 3]`."""
     outs_THVX = torch.stack([out_compressed, out_selected, out_window], dim=-1)
     return (wide(outs_THVX) * wide(gates).sigmoid()[:, :, None]).sum(-1).to(out_window.dtype)
+
+
+def nsa_attention_with_kvcache(
+    q: Tensor, gates: Tensor, pages: KVPages, config: NSAConfig, softmax_scale: float
+) -> NSAOutput:
+    """The new tokens `[B, T, H, D]` are the last ones of their sequences: the operators in a row, sequence by sequence.
+
+    Token i of sequence b stands at position seq_lens[b] - T + i; one at a negative position sees nothing.
+    """
+    tokens, windows = q.shape[1], Interval(config.kernel_size, config.kernel_stride)
+    out = q.new_zeros(*q.shape[:3], pages.v.shape[-1])
+    indices = torch.full((*q.shape[:2], pages.k.shape[2], config.num_selected_blocks), -1, device=q.device)
+    for b, length in enumerate(pages.seq_lens.tolist()):
+        asked = min(tokens, length)
+        if asked == 0:
+            continue
+        keys = SequenceLayout.uniform(1, length, q.device)
+        layout = SequenceLayout.uniform(1, asked, q.device).after(keys)
+        here, sequence = slice(tokens - asked, None), torch.tensor(b, device=q.device)
+        place = pages.place(sequence, torch.arange(length, device=q.device))
+        k, v, k_window, v_window = (
+            x[place.page, place.row] for x in (pages.k, pages.v, pages.k_window, pages.v_window)
+        )
+        window_M = torch.arange(windows.num_keys(length), device=q.device)
+        place = pages.compressed_place(sequence, window_M, config.kernel_size, config.kernel_stride)
+        k_compressed, v_compressed = (x[place.page, place.row] for x in (pages.k_compressed, pages.v_compressed))
+        q_b = q[b, here]
+        compressed = interval_attention(q_b, k_compressed, v_compressed, windows, layout, softmax_scale)
+        chosen = select_blocks(
+            q_b, k_compressed, compressed.lse, config.kernel_size, config.kernel_stride, config.block_size,
+            config.num_selected_blocks, config.num_init_blocks, config.num_local_blocks, layout, softmax_scale,
+        )  # fmt: skip
+        selected = selected_attention(q_b, k, v, chosen, config.block_size, layout, softmax_scale)
+        recent = Interval(window_size=config.window_size)
+        window = interval_attention(q_b, k_window, v_window, recent, layout, softmax_scale)
+        out[b, here] = combine(compressed.out, selected.out, window.out, gates[b, here])
+        indices[b, here] = chosen.long()
+    return NSAOutput(out, indices.to(torch.int32))
 
 
 def _masked_attention(q: Tensor, k: Tensor, v: Tensor, visible_TKS: Tensor, softmax_scale: float) -> AttentionOutput:

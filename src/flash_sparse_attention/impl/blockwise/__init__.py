@@ -10,6 +10,14 @@ from .block_selection import select_blocks
 from .combine import combine
 from .compress import compress
 from .interval import interval_attention
+from .kvcache import nsa_attention_with_kvcache
 from .selected import selected_attention
 
-__all__ = ["combine", "compress", "interval_attention", "select_blocks", "selected_attention"]
+__all__ = [
+    "combine",
+    "compress",
+    "interval_attention",
+    "nsa_attention_with_kvcache",
+    "select_blocks",
+    "selected_attention",
+]

@@ -33,7 +33,13 @@ def select_blocks(
     """As `reference.select_blocks`; the scores of a tile of queries become block importances, and T blocks a query."""
     sizes = kernel_size, kernel_stride, block_size, num_selected_blocks, num_init_blocks, num_local_blocks
     return _select_blocks(
-        q.detach(), k_compressed.detach(), lse.detach(), layout.cu_seqlens, *sizes, softmax_scale=softmax_scale
+        q.detach(),
+        k_compressed.detach(),
+        lse.detach(),
+        layout.cu_seqlens,
+        layout.keys.cu_seqlens,
+        *sizes,
+        softmax_scale=softmax_scale,
     )
 
 
@@ -43,6 +49,7 @@ def _select_blocks(
     k: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
     kernel_size: int,
     kernel_stride: int,
     block_size: int,
@@ -51,14 +58,12 @@ def _select_blocks(
     num_local_blocks: int,
     softmax_scale: float,
 ) -> Tensor:
-    layout = layout_of(cu_seqlens)
+    layout = layout_of(cu_seqlens, cu_seqlens_k)
     positions, num_kv_heads = layout.positions(), k.shape[1]
     key_position_S = layout.compressed(kernel_size, kernel_stride).positions()
-    indices = torch.full((q.shape[0], num_kv_heads, num_selected_blocks), -1, dtype=torch.int32, device=q.device)
+    indices = torch.empty((q.shape[0], num_kv_heads, num_selected_blocks), dtype=torch.int32, device=q.device)
     chunks_per_window, chunks_per_block = kernel_size // kernel_stride, block_size // kernel_stride
-    # Windows 1 - chunks_per_window .. chunks_per_block - 1, counted from a block's own first chunk, overlap it.
-    near = range(1 - chunks_per_window, chunks_per_block)
-    overlaps = [geometry.overlap(window, 0, kernel_size, kernel_stride, block_size) for window in near]
+    overlaps = overlaps_of(kernel_size, kernel_stride, block_size)
     with no_autocast(q):
         k_KSD = head_major(k)
         scratch = Scratch(k_KSD)
@@ -70,7 +75,7 @@ def _select_blocks(
             blocks_T = geometry.num_eligible_blocks(positions[at], block_size)
             num_blocks = int(blocks_T.max())
             # Probability of each window of the query's own sequence, summed over the group, with room at both ends.
-            columns = len(near) + (num_blocks - 1) * chunks_per_block
+            columns = len(overlaps) + (num_blocks - 1) * chunks_per_block
             p_KTS = scratch.empty("p", num_kv_heads, len(blocks_T), columns).zero_()
             for span in tile.spans():
                 scores_KRS = tile.hide_(scratch.product("scores", q_KRD, k_KSD[:, span].mT), span)
@@ -81,16 +86,50 @@ def _select_blocks(
                 else:
                     p_KTS.index_add_(2, key_position_S[span] + chunks_per_window - 1, group_KTS)
             importance_KTJ = q_KRD.new_zeros(num_kv_heads, len(blocks_T), num_blocks)
-            for first, shared in enumerate(overlaps):
-                importance_KTJ.add_(p_KTS[..., first::chunks_per_block][..., :num_blocks], alpha=shared)
-            blocks_J = torch.arange(num_blocks, device=q.device)
-            local_T = geometry.first_local_block(positions[at], block_size, num_local_blocks)
-            forced_TJ = (blocks_J < num_init_blocks) | (blocks_J >= local_T[:, None])
-            importance_KTJ.masked_fill_(forced_TJ, math.inf)
-            importance_KTJ.masked_fill_(blocks_J >= blocks_T[:, None], -math.inf)
-            chosen_KTN = _largest(importance_KTJ, min(num_selected_blocks, num_blocks))
-            indices[at, :, : chosen_KTN.shape[-1]] = chosen_KTN.transpose(0, 1).to(torch.int32)
+            shared_chunks(p_KTS, overlaps, chunks_per_block, importance_KTJ)
+            forced = num_init_blocks, num_local_blocks
+            chosen_KTN = keep_largest(importance_KTJ, positions[at], block_size, *forced, num_selected_blocks)
+            indices[at] = chosen_KTN.transpose(0, 1).to(torch.int32)
     return indices
+
+
+def overlaps_of(kernel_size: int, kernel_stride: int, block_size: int) -> list[int]:
+    """Chunks that a block shares with each window that overlaps it, the oldest window first."""
+    chunks_per_window, chunks_per_block = kernel_size // kernel_stride, block_size // kernel_stride
+    # Windows 1 - chunks_per_window .. chunks_per_block - 1, counted from a block's own first chunk, overlap it.
+    near = range(1 - chunks_per_window, chunks_per_block)
+    return [geometry.overlap(window, 0, kernel_size, kernel_stride, block_size) for window in near]
+
+
+def shared_chunks(p_KTS: Tensor, overlaps: list[int], chunks_per_block: int, importance_KTJ: Tensor) -> None:
+    """Adds to the importance of each block the probabilities of the windows that overlap it, weighted.
+
+    `p_KTS` has l / d - 1 columns before that of window 0, and columns up to the last block's last window.
+    """
+    num_blocks = importance_KTJ.shape[-1]
+    for first, shared in enumerate(overlaps):
+        importance_KTJ.add_(p_KTS[..., first::chunks_per_block][..., :num_blocks], alpha=shared)
+
+
+def keep_largest(
+    importance_KTJ: Tensor,
+    position_T: Tensor,
+    block_size: int,
+    num_init_blocks: int,
+    num_local_blocks: int,
+    num_selected_blocks: int,
+) -> Tensor:
+    """The blocks that queries at these positions keep, `[K, T, N]`, ascending, -1 in unused slots.
+
+    Writes over `importance_KTJ`. A query at a negative position keeps none.
+    """
+    blocks_J = torch.arange(importance_KTJ.shape[-1], device=importance_KTJ.device)
+    local_T = geometry.first_local_block(position_T, block_size, num_local_blocks)
+    importance_KTJ.masked_fill_((blocks_J < num_init_blocks) | (blocks_J >= local_T[:, None]), math.inf)
+    eligible_T = geometry.num_eligible_blocks(position_T, block_size)
+    importance_KTJ.masked_fill_(blocks_J >= eligible_T[:, None], -math.inf)
+    chosen_KTN = _largest(importance_KTJ, min(num_selected_blocks, len(blocks_J)))
+    return torch.nn.functional.pad(chosen_KTN, (0, num_selected_blocks - chosen_KTN.shape[-1]), value=-1)
 
 
 def _largest(importance_KTJ: Tensor, count: int) -> Tensor:
@@ -111,7 +150,7 @@ def _largest(importance_KTJ: Tensor, count: int) -> Tensor:
 
 
 _select_blocks.register_fake(
-    lambda q, k, lse, cu_seqlens, kernel_size, kernel_stride, block_size, num_selected_blocks, *_: q.new_empty(
-        q.shape[0], k.shape[1], num_selected_blocks, dtype=torch.int32
+    lambda q, k, lse, cu_seqlens, cu_seqlens_k, kernel_size, kernel_stride, block_size, num_selected_blocks, *_: (
+        q.new_empty(q.shape[0], k.shape[1], num_selected_blocks, dtype=torch.int32)
     )
 )

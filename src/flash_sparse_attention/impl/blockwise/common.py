@@ -45,8 +45,14 @@ class Scratch:
         return torch.index_select(x, 0, rows_SP.flatten(), out=out).view(len(rows_SP), -1, dim)
 
 
-def layout_of(cu_seqlens: Tensor) -> SequenceLayout:
-    return SequenceLayout.from_cu_seqlens(cu_seqlens)
+def layout_of(cu_seqlens: Tensor, cu_seqlens_k: Tensor) -> SequenceLayout:
+    """The layout of queries, and of the tokens that have keys."""
+    layout = SequenceLayout.from_cu_seqlens(cu_seqlens)
+    return layout if _same(cu_seqlens, cu_seqlens_k) else layout.after(SequenceLayout.from_cu_seqlens(cu_seqlens_k))
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape
 
 
 def empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,9 @@ def interval_attention(
 ) -> AttentionOutput:
     """As `reference.interval_attention`, in tiles with a running softmax."""
     sizes = interval.kernel_size, interval.kernel_stride, interval.window_size or 0
-    return AttentionOutput(*_interval_attention(q, k, v, layout.cu_seqlens, *sizes, softmax_scale))
+    return AttentionOutput(
+        *_interval_attention(q, k, v, layout.cu_seqlens, layout.keys.cu_seqlens, *sizes, softmax_scale)
+    )
 
 
 @torch.library.custom_op("flash_sparse_attention::interval_attention_blockwise", mutates_args=())
@@ -95,13 +97,14 @@ def _interval_attention(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
     kernel_size: int,
     kernel_stride: int,
     window_size: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """`window_size` 0 stands for no bound."""
-    interval, layout = Interval(kernel_size, kernel_stride, window_size or None), layout_of(cu_seqlens)
+    interval, layout = Interval(kernel_size, kernel_stride, window_size or None), layout_of(cu_seqlens, cu_seqlens_k)
     out, lse = empty_outputs(q, v)
     with no_autocast(q):
         k_KSD, v_KSV = head_major(k), head_major(v)
@@ -137,13 +140,14 @@ def _interval_attention_backward(
     out: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
     kernel_size: int,
     kernel_stride: int,
     window_size: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; probabilities are computed again from lse."""
-    interval, layout = Interval(kernel_size, kernel_stride, window_size or None), layout_of(cu_seqlens)
+    interval, layout = Interval(kernel_size, kernel_stride, window_size or None), layout_of(cu_seqlens, cu_seqlens_k)
     dq = torch.empty_like(q)
     with no_autocast(q):
         k_KSD, v_KSV = head_major(k), head_major(v)
@@ -169,9 +173,9 @@ def _interval_attention_backward(
 
 
 def _differentiate_interval(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
-    q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
-    grads = _interval_attention_backward(d_out, d_lse, q, k, v, out, lse, cu_seqlens, *ctx.sizes)
-    return (*grads, None, *(None for _ in ctx.sizes))
+    q, k, v, *bounds, out, lse = ctx.saved_tensors
+    grads = _interval_attention_backward(d_out, d_lse, q, k, v, out, lse, *bounds, *ctx.sizes)
+    return (*grads, None, None, *(None for _ in ctx.sizes))
 
 
 _interval_attention.register_fake(lambda q, k, v, *_: empty_outputs(q, v))

@@ -144,9 +144,8 @@ class _InvertedIndex(NamedTuple):
                 key_position_SL = geometry.first_token_of_block(position_S1, block_size)
                 key_position_SL = key_position_SL + torch.arange(block_size, device=block_S.device)
                 # The last block of a sequence may be cut short: what lies beyond is masked, and read in bounds.
-                token_SL = (layout.cu_seqlens[sequence_S1] + key_position_SL).minimum(
-                    layout.cu_seqlens[sequence_S1 + 1] - 1
-                )
+                bounds = layout.keys.cu_seqlens
+                token_SL = (bounds[sequence_S1] + key_position_SL).minimum(bounds[sequence_S1 + 1] - 1)
                 visible_SPL = None
                 if masked:
                     position_SP = chunk.position_T[self.row_SP[at] // num_kv_heads]
@@ -183,14 +182,22 @@ def selected_attention(
     softmax_scale: float,
 ) -> AttentionOutput:
     """As `reference.selected_attention`, with key/value blocks in the outer loop."""
-    return AttentionOutput(*_selected_attention(q, k, v, block_indices, layout.cu_seqlens, block_size, softmax_scale))
+    bounds = layout.cu_seqlens, layout.keys.cu_seqlens
+    return AttentionOutput(*_selected_attention(q, k, v, block_indices, *bounds, block_size, softmax_scale))
 
 
 @torch.library.custom_op("flash_sparse_attention::selected_attention_blockwise", mutates_args=())
 def _selected_attention(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, cu_seqlens: Tensor, block_size: int, softmax_scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
+    block_size: int,
+    softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    layout, group = layout_of(cu_seqlens), q.shape[1] // k.shape[1]
+    layout, group = layout_of(cu_seqlens, cu_seqlens_k), q.shape[1] // k.shape[1]
     num_blocks = layout.blocks(block_size).total_tokens
     out, lse = empty_outputs(q, v)
     with no_autocast(q):
@@ -264,11 +271,12 @@ def _selected_attention_backward(
     out: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor,
     block_size: int,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; probabilities are computed again from lse."""
-    layout, group = layout_of(cu_seqlens), q.shape[1] // k.shape[1]
+    layout, group = layout_of(cu_seqlens, cu_seqlens_k), q.shape[1] // k.shape[1]
     num_blocks = layout.blocks(block_size).total_tokens
     dq = torch.empty_like(q)
     with no_autocast(q):
@@ -306,9 +314,10 @@ def _selected_attention_backward(
 
 
 def _differentiate_selected(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
-    q, k, v, block_indices, cu_seqlens, out, lse = ctx.saved_tensors
-    saved = (q, k, v, block_indices, out, lse, cu_seqlens)
-    return (*_selected_attention_backward(d_out, d_lse, *saved, *ctx.sizes), None, None, *(None for _ in ctx.sizes))
+    q, k, v, block_indices, *bounds, out, lse = ctx.saved_tensors
+    saved = (q, k, v, block_indices, out, lse, *bounds)
+    grads = _selected_attention_backward(d_out, d_lse, *saved, *ctx.sizes)
+    return (*grads, None, None, None, *(None for _ in ctx.sizes))
 
 
 _selected_attention.register_fake(lambda q, k, v, *_: empty_outputs(q, v))
