@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from flash_sparse_attention import AttentionOutput, NSAConfig, SequenceLayout
 from flash_sparse_attention.accuracy import FLAVOURS, FULL, QUICK, Case, Row, compare, compare_selection, judge
 from flash_sparse_attention.accuracy.inputs import attention_inputs, hostile_indices
+from flash_sparse_attention.accuracy.problems import problems
 from flash_sparse_attention.cli import verify
 from flash_sparse_attention.impl import OPERATORS, blockwise, reference
 
@@ -365,12 +366,25 @@ def test_grids_cover_what_the_house_asks_for():
     assert sizes >= {(32, 16, 64), (16, 16, 16), (64, 64, 64), (32, 8, 32)}
 
 
+def test_a_past_has_keys_and_no_queries():
+    case = Case((2, 0), past=(3, 4))
+    assert str(case).endswith("| plain | past 3,4")
+    assert case.layout().positions().tolist() == [3, 4]
+    shapes = {
+        name: len(x)
+        for problem in problems("nsa_attention", case, torch.device("cpu"))
+        for name, x in problem.inputs.items()
+    }
+    assert shapes == {"q": 2, "k": 9, "v": 9, "gates": 2}
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"num_heads": 5}, "num_heads must be a multiple of num_kv_heads=2, got 5"),
         ({"flavour": "loud"}, "flavour must be one of plain, large queries"),
         ({"dtype": torch.int32}, "dtype must be one of float32, bfloat16, float16, float64, got 'int32'"),
+        ({"past": (1, 2)}, "past must be of the 1 sequences of lengths, got 2"),
     ],
 )
 def test_case_refuses(values: dict[str, Any], message: str):

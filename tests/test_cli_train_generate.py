@@ -33,8 +33,8 @@ def speaking(monkeypatch):
     """Makes every model continue any text with these tokens."""
 
     def install(tokens: list[int], seen: list[list[int]]):
-        def forward(self, prefix, cu_seqlens=None):
-            seen.append(prefix.tolist())
+        def forward(self, new, cu_seqlens=None, cache=None, *, last_logits=False):
+            seen.append(new.tolist())
             following = tokens[(len(seen) - 1) % len(tokens)]
             return 100 * torch.nn.functional.one_hot(torch.tensor([following]), 257).float()
 
@@ -49,6 +49,20 @@ def test_continues_a_prompt(run):
     assert result.stdout.startswith("red ")
     assert result.stdout.endswith("\n")
     assert "tokens/s" in result.stderr
+
+
+def test_several_prompts(run):
+    result = fsa(str(run), "--prompt", "red ", "--prompt", "a longer one ", "--max-new-tokens", "5", "--greedy")
+    first, second = result.stdout.removeprefix("--- 1 of 2\n").split("--- 2 of 2\n")
+    for prompt, text in (("red ", first), ("a longer one ", second)):
+        assert text == fsa(str(run), "--prompt", prompt, "--max-new-tokens", "5", "--greedy").stdout
+    assert "of the prompts), then" in result.stderr
+
+
+def test_full_attention_has_no_cache(tmp_path):
+    config = tiny_config(write_texts(tmp_path / "texts"), steps=1).replace(model={"attention": "full"})
+    train(config, tmp_path / "run")
+    assert fsa(str(tmp_path / "run"), "--prompt", "red ", "--max-new-tokens", "3").stdout.startswith("red ")
 
 
 def test_greedy_and_seeds_repeat(run):
@@ -80,7 +94,7 @@ def test_without_a_prompt_a_document_begins_and_its_end_stops(run, speaking):
     seen: list[list[int]] = []
     speaking([97, END_OF_TEXT, 98], seen)
     result = fsa(str(run))
-    assert seen == [[END_OF_TEXT], [END_OF_TEXT, 97]]
+    assert seen == [[END_OF_TEXT], [97]]
     assert result.stdout == "a\n"
     assert "2 tokens, the end of the text, at" in result.stderr
 

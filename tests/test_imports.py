@@ -50,7 +50,7 @@ ALLOWED = {
         "",
     },
     # `__init__.py`, which others import for the version.
-    "": {"config", "functional", "geometry", "types"},
+    "": {"cache", "config", "functional", "geometry", "types"},
 }
 # Libraries that only these parts may import.
 EXCLUSIVE = {

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 
+from flash_sparse_attention import NSAConfig
+from flash_sparse_attention.nn import LanguageModel, LanguageModelConfig
 from flash_sparse_attention.training import END_OF_TEXT, VOCAB_SIZE
-from flash_sparse_attention.training.sampling import decode_stream, generate_tokens, next_token_probabilities
+from flash_sparse_attention.training.sampling import (
+    Read,
+    cached,
+    decode_stream,
+    generate_tokens,
+    next_token_probabilities,
+    uncached,
+)
 
 SHARES = torch.tensor([0.1, 0.4, 0.2, 0.3])
 
@@ -60,36 +72,62 @@ def test_logits_that_are_not_finite():
         next_token_probabilities(torch.tensor([0.0, float("nan")]))
 
 
-def one_more(prefix: torch.Tensor) -> torch.Tensor:
+def one_more(new: Sequence[Sequence[int]]) -> torch.Tensor:
     """Logits of a model that counts, and ends the text behind 5."""
-    following = END_OF_TEXT if prefix[-1] == 5 else (int(prefix[-1]) + 1) % VOCAB_SIZE
+    following = [END_OF_TEXT if tokens[-1] == 5 else (tokens[-1] + 1) % VOCAB_SIZE for tokens in new]
     return torch.nn.functional.one_hot(torch.tensor(following), VOCAB_SIZE).float()
+
+
+def continued(read: Read, prompt: Sequence[int], **options: Any) -> list[int | None]:
+    """What follows one prompt."""
+    return [token for (token,) in generate_tokens(read, [prompt], **options)]
 
 
 class TestGenerate:
     def test_greedy(self):
-        assert list(generate_tokens(one_more, [10, 1], max_new_tokens=3, temperature=0)) == [2, 3, 4]
+        assert continued(one_more, [10, 1], max_new_tokens=3, temperature=0) == [2, 3, 4]
 
     def test_stops_at_the_end_of_text(self):
-        assert list(generate_tokens(one_more, [3], max_new_tokens=9, temperature=0)) == [4, 5, END_OF_TEXT]
+        assert continued(one_more, [3], max_new_tokens=9, temperature=0) == [4, 5, END_OF_TEXT]
 
     def test_a_seed_repeats(self):
-        runs = [list(generate_tokens(one_more, [3], max_new_tokens=20, temperature=1, seed=s)) for s in (1, 1, 2)]
+        runs = [continued(one_more, [3], max_new_tokens=20, temperature=1, seed=s) for s in (1, 1, 2)]
         assert runs[0] == runs[1] != runs[2]
 
     def test_draws_have_the_distribution(self):
-        tokens = list(
-            generate_tokens(lambda _: SHARES.log(), [0], max_new_tokens=4000, temperature=1, top_p=0.85, seed=0)
-        )
+        options = {"max_new_tokens": 4000, "temperature": 1, "top_p": 0.85, "seed": 0}
+        tokens = continued(lambda _: SHARES.log()[None], [0], **options)
         shares = torch.bincount(torch.tensor(tokens), minlength=4) / 4000
         assert shares[0] == 0
         torch.testing.assert_close(shares, torch.tensor([0, 4, 2, 3]) / 9, rtol=0, atol=0.03)
 
     def test_bad_arguments(self):
         with pytest.raises(ValueError, match="prompt must be"):
+            next(generate_tokens(one_more, [[1], []], max_new_tokens=1))
+        with pytest.raises(ValueError, match="prompt must be"):
             next(generate_tokens(one_more, [], max_new_tokens=1))
         with pytest.raises(ValueError, match="max_new_tokens must be"):
-            next(generate_tokens(one_more, [1], max_new_tokens=0))
+            next(generate_tokens(one_more, [[1]], max_new_tokens=0))
+
+    def test_prompts_end_one_by_one(self):
+        steps = list(generate_tokens(one_more, [[3], [9, 2], [7]], max_new_tokens=4, temperature=0))
+        assert steps == [[4, 3, 8], [5, 4, 9], [END_OF_TEXT, 5, 10], [None, END_OF_TEXT, 11]]
+
+    @pytest.mark.parametrize("attention", ["nsa", "full"])
+    def test_together_as_alone_with_a_cache_as_without(self, attention: str):
+        torch.manual_seed(0)
+        nsa = NSAConfig.preset("fsa", kernel_size=8, kernel_stride=4, block_size=16, num_selected_blocks=4)
+        model = LanguageModel(LanguageModelConfig(VOCAB_SIZE, 32, 32, 2, head_dim=8, attention=attention, nsa=nsa))
+        prompts = [[END_OF_TEXT, *b"a text that is longer than the other"], [END_OF_TEXT], list(b"short")]
+        options = {"max_new_tokens": 30, "temperature": 1.0}
+
+        def reader(count: int) -> Read:
+            return cached(model, count, 70) if attention == "nsa" else uncached(model, count)
+
+        together = list(zip(*generate_tokens(reader(3), prompts, seed=5, **options), strict=True))
+        for number, (prompt, tokens) in enumerate(zip(prompts, together, strict=True)):
+            alone = continued(uncached(model, 1), prompt, seed=5 + number, **options)
+            assert [token for token in tokens if token is not None] == alone
 
 
 class TestDecode:

@@ -181,13 +181,13 @@ def test_operator_contracts():
     q, k, v = draw(30, 30)
     _, k_compressed, v_compressed = draw(30, 4)
     gates = torch.randn(30, 4, 3, requires_grad=True)
-    opcheck(_interval_attention, (q, k, v, bounds, 1, 1, 7, 0.25))
+    opcheck(_interval_attention, (q, k, v, bounds, None, 1, 1, 7, 0.25))
     opcheck(_combine, (*(x.detach().clone().requires_grad_() for x in (q, q, q)), gates))
     lse = torch.randn(30, 4)
-    opcheck(_select_blocks, (q.detach(), k_compressed.detach(), lse, bounds, 15, 8, 4, 16, 3, 1, 1, 0.25))
+    opcheck(_select_blocks, (q.detach(), k_compressed.detach(), lse, bounds, None, 15, 8, 4, 16, 3, 1, 1, 0.25))
     for recompute in ("", "window,index"):
         sizes = Sizes(15, 8, 4, 16, 3, 1, 1, 7, 0.25, "auto", 64, recompute)
-        opcheck(_nsa_attention, (q, k, v, k_compressed, v_compressed, k, v, gates, bounds, *sizes))
+        opcheck(_nsa_attention, (q, k, v, k_compressed, v_compressed, k, v, gates, bounds, None, *sizes))
 
 
 def test_no_tokens_and_no_windows():

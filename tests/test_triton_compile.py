@@ -20,9 +20,12 @@ if triton.knobs.runtime.interpret:
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from flash_sparse_attention import KVPages, NSAConfig
 from flash_sparse_attention.impl import triton as kernels
+from flash_sparse_attention.impl.triton import cache_write
 from flash_sparse_attention.impl.triton.block_scores import launch_select_blocks
 from flash_sparse_attention.impl.triton.combine import launch_combine, launch_combine_backward
+from flash_sparse_attention.impl.triton.decode import DecodeShape, launch_decode
 from flash_sparse_attention.impl.triton.delta import launch_gated_shifts, launch_shifts
 from flash_sparse_attention.impl.triton.interval import (
     IntervalSizes,
@@ -40,7 +43,14 @@ from flash_sparse_attention.impl.triton.selected_query_outer import (
     launch_selected_dq_query_outer,
     launch_selected_fwd_query_outer,
 )
-from flash_sparse_attention.impl.triton.tuning import SelectedShape, interval_schedule, score_tiles, tiles_of
+from flash_sparse_attention.impl.triton.tuning import (
+    DecodeTiles,
+    SelectedShape,
+    interval_schedule,
+    score_tiles,
+    tiles_of,
+)
+from flash_sparse_attention.types import Place
 from gpuless import SHARED_BYTES, TENSOR_MEMORY_COLUMNS, Compiled, Compiler
 
 # The package has a function of this name.
@@ -54,7 +64,7 @@ WORKSPACE_MIB = 1024
 
 @dataclass(frozen=True)
 class Case:
-    """What kernels are specialised for."""
+    """What kernels are specialised for; `past`: more keys than queries."""
 
     arch: int
     dims: tuple[int, int] = (128, 128)
@@ -62,6 +72,7 @@ class Case:
     group: int = 4
     slots: int = 16
     block_size: int = 64
+    past: bool = False
 
     @property
     def branches(self) -> bool:
@@ -76,7 +87,8 @@ class Case:
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         dims = "x".join(map(str, self.dims))
-        return f"sm_{self.arch}-{dtype}-dims{dims}-group{self.group}-slots{self.slots}-block{self.block_size}"
+        past = "-past" if self.past else ""
+        return f"sm_{self.arch}-{dtype}-dims{dims}-group{self.group}-slots{self.slots}-block{self.block_size}{past}"
 
 
 DIMS = [(128, 128), (64, 64), (192, 128), (80, 80)]
@@ -91,6 +103,7 @@ CASES = [
     Case(90, dtype=torch.float16),
     Case(90, dtype=torch.float32),
     Case(90, dims=(256, 256)),
+    Case(90, past=True),
 ]
 
 # Bytes that a thread spills at most, by kernel and compute capability: measured with Triton 3.7.1, and at most 10 %
@@ -139,41 +152,46 @@ def launch_all(case: Case, total_tokens: int = 4096, num_sequences: int = 3) -> 
     dim_k, dim_v = case.dims
     num_heads, block_size = NUM_KV_HEADS * case.group, case.block_size
 
-    def rows(heads: int, *dim: int, dtype: torch.dtype = case.dtype) -> torch.Tensor:
-        return torch.empty(total_tokens, heads, *dim, dtype=dtype, device="meta")
+    def rows(heads: int, dim: int, dtype: torch.dtype = case.dtype, tokens: int = total_tokens) -> torch.Tensor:
+        return torch.empty(tokens, heads, dim, dtype=dtype, device="meta")
 
-    q, k, v, d_out = (
-        rows(num_heads, dim_k),
-        rows(NUM_KV_HEADS, dim_k),
-        rows(NUM_KV_HEADS, dim_v),
-        rows(num_heads, dim_v),
-    )
+    total_keys = 2 * total_tokens if case.past else total_tokens
+    q, d_out = rows(num_heads, dim_k), rows(num_heads, dim_v)
+    k, v = (rows(NUM_KV_HEADS, dim, tokens=total_keys) for dim in case.dims)
     block_indices = rows(NUM_KV_HEADS, case.slots, dtype=torch.int32)
     cu_seqlens = torch.empty(num_sequences + 1, dtype=torch.int32, device="meta")
+    cu_seqlens_k = torch.empty_like(cu_seqlens) if case.past else None
     shape = SelectedShape.of(q, k, v, block_indices, block_size)
     tiles = tiles_of(shape)
     sizes = cu_seqlens, block_size, dim_k**-0.5
 
-    index = ops._index(shape, block_indices, cu_seqlens, block_size, WORKSPACE_MIB)
-    out, lse = launch_selected_fwd_kv_outer(q, k, v, index, *sizes, tiles.kv_outer_forward)
+    index = ops._index(shape, block_indices, total_keys, cu_seqlens, cu_seqlens_k, block_size, WORKSPACE_MIB)
+    out, lse = launch_selected_fwd_kv_outer(q, k, v, index, *sizes, tiles.kv_outer_forward, cu_seqlens_k)
     given = d_out, q, k, v, *launch_shifts(d_out, torch.empty_like(lse), out, lse)
-    launch_selected_bwd_kv_outer(*given, index, *sizes, tiles.kv_outer_backward, torch.empty_like(q))
-    launch_selected_bwd_kv_outer(*given, index, *sizes, tiles.kv_outer_backward, None)
+    launch_selected_bwd_kv_outer(*given, index, *sizes, tiles.kv_outer_backward, torch.empty_like(q), cu_seqlens_k)
+    launch_selected_bwd_kv_outer(*given, index, *sizes, tiles.kv_outer_backward, None, cu_seqlens_k)
 
     if case.branches:
-        launch_branches(case, q, k, v, d_out, cu_seqlens)
-    place = mark_valid(block_indices, cu_seqlens, block_size)
-    launch_selected_fwd_query_outer(q, k, v, block_indices, place, *sizes, tiles.query_outer)
-    launch_selected_dq_query_outer(*given, block_indices, place, *sizes, tiles.query_outer)
+        launch_branches(case, q, k, v, d_out, cu_seqlens, cu_seqlens_k)
+    place = mark_valid(block_indices, cu_seqlens, block_size, cu_seqlens_k)
+    launch_selected_fwd_query_outer(q, k, v, block_indices, place, *sizes, tiles.query_outer, cu_seqlens_k)
+    launch_selected_dq_query_outer(*given, block_indices, place, *sizes, tiles.query_outer, cu_seqlens_k)
 
 
 def launch_branches(
-    case: Case, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, d_out: torch.Tensor, cu_seqlens: torch.Tensor
+    case: Case,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    d_out: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
 ) -> None:
     """Launches what the whole attention adds: compression, both intervals, block selection and the gated sum."""
-    num_windows = (len(q) - KERNEL_SIZE) // KERNEL_STRIDE + 1
-    bounds = compress.launch_key_bounds(cu_seqlens, KERNEL_SIZE, KERNEL_STRIDE)
-    windows = compress.Windows(cu_seqlens, bounds, len(q), num_windows, KERNEL_SIZE, KERNEL_STRIDE)
+    tokens = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    num_windows = (len(k) - KERNEL_SIZE) // KERNEL_STRIDE + 1
+    bounds = compress.launch_key_bounds(tokens, KERNEL_SIZE, KERNEL_STRIDE)
+    windows = compress.Windows(tokens, bounds, len(k), num_windows, KERNEL_SIZE, KERNEL_STRIDE)
     k_compressed, v_compressed = (compress.launch_compress_pooled(x, None, None, windows) for x in (k, v))
     positions = torch.empty(NUM_KV_HEADS, KERNEL_SIZE, device="meta")
     compress.launch_compress_pooled(k, positions, torch.empty(NUM_KV_HEADS, k.shape[2], device="meta"), windows)
@@ -188,19 +206,20 @@ def launch_branches(
     outs, lses = [], []
     for sizes, keys, values, key_bounds in (
         (IntervalSizes(KERNEL_SIZE, KERNEL_STRIDE, 0, 0.1), k_compressed, v_compressed, bounds),
-        (IntervalSizes(1, 1, 512, 0.1), k, v, cu_seqlens),
+        (IntervalSizes(1, 1, 512, 0.1), k, v, tokens),
     ):
         schedule = interval_schedule(*case.dims, case.dtype, sizes.window_size > 0, case.arch)
         given = q, keys, values
-        out, lse = launch_interval_fwd(*given, cu_seqlens, key_bounds, sizes, schedule.forward)
+        out, lse = launch_interval_fwd(*given, cu_seqlens, key_bounds, sizes, schedule.forward, cu_seqlens_k)
         outs, lses = [*outs, out], [*lses, lse]
         shift = delta = torch.empty_like(lse)
         rest = shift, delta, cu_seqlens, key_bounds, sizes
-        launch_interval_dq(d_out, *given, *rest, schedule.dq, torch.empty_like(q), add=sizes.window_size > 0)
-        launch_interval_dkv(d_out, *given, *rest, schedule.dkv)
+        add = sizes.window_size > 0
+        launch_interval_dq(d_out, *given, *rest, schedule.dq, torch.empty_like(q), add, cu_seqlens_k)
+        launch_interval_dkv(d_out, *given, *rest, schedule.dkv, cu_seqlens_k)
     launch_select_blocks(
-        q, k_compressed, lses[0], cu_seqlens, bounds, len(q), KERNEL_SIZE, KERNEL_STRIDE, SCORE_BLOCK_SIZE, case.slots,
-        1, 2, 0.1, score_tiles(case.dims[0], case.dtype, case.arch),
+        q, k_compressed, lses[0], cu_seqlens, bounds, len(k), KERNEL_SIZE, KERNEL_STRIDE, SCORE_BLOCK_SIZE, case.slots,
+        1, 2, 0.1, score_tiles(case.dims[0], case.dtype, case.arch), cu_seqlens_k,
     )  # fmt: skip
     branches, branch_lses = (outs[0], outs[0], outs[1]), (lses[0], lses[0], lses[1])
     launch_combine(branches, gates)
@@ -247,12 +266,98 @@ def test_compiles_and_fits(compiler: Compiler, case: Case):
         assert not [kernel.variant for kernel in main if MATRIX_UNITS[case.arch] not in kernel.ptx]
 
 
-def kernel_names() -> set[str]:
-    """The kernels of the package, so that a case cannot forget one."""
+def kernel_names(decoding: bool = False) -> set[str]:
+    """The kernels of the package, those of a cache or the others, so that a case cannot forget one."""
     modules = [importlib.import_module(m.name) for m in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}.")]
     functions = [function for module in modules for function in vars(module).values()]
     names = {function.fn.__name__ for function in functions if isinstance(function, JITFunction)}
-    return {name for name in names if name.endswith("_kernel")}
+    of_cache = ("_decode_", *CACHE_WRITES)
+    return {name for name in names if name.endswith("_kernel") and name.startswith(of_cache) == decoding}
+
+
+@dataclass(frozen=True)
+class DecodeCase:
+    """What the kernels of decoding are specialised for: new tokens of a sequence; tokens of a page and its pages."""
+
+    arch: int
+    dims: tuple[int, int] = (128, 128)
+    dtype: torch.dtype = torch.bfloat16
+    group: int = 4
+    tokens: int = 1
+    pages: tuple[int, int] = (1, 65536)
+
+    def __str__(self) -> str:
+        dtype, dims = str(self.dtype).removeprefix("torch."), "x".join(map(str, self.dims))
+        columns, page_size = self.pages
+        return f"sm_{self.arch}-{dtype}-dims{dims}-group{self.group}-{self.tokens}-pages{columns}x{page_size}"
+
+
+CACHE_WRITES = ("_store_pair", "_gather_pair")
+# As above; none of it is in a loop.
+DECODE_SPILL_BYTES = {DecodeCase(90): 13, DecodeCase(100): 4}
+DECODE_CASES = [
+    *DECODE_SPILL_BYTES,
+    DecodeCase(80),
+    DecodeCase(90, tokens=16, pages=(256, 256)),
+    DecodeCase(90, (256, 256), tokens=3),
+    DecodeCase(90, dtype=torch.float32, group=5),
+]
+
+
+def compile_decode(compiler: Compiler, case: DecodeCase, batch: int = 16) -> list[Compiled]:
+    """Compiles the kernels of `nsa_attention_with_kvcache`, with the tiles that users get."""
+    (columns, page_size), (dim_k, dim_v), config = case.pages, case.dims, NSAConfig()
+
+    def pool(rows: int, dim: int) -> torch.Tensor:
+        return torch.empty(20, rows, NUM_KV_HEADS, dim, dtype=case.dtype, device="meta")
+
+    rows = page_size, page_size, page_size // config.kernel_stride
+    pools = [pool(size, dim) for size in rows for dim in case.dims]
+    table, lens = (torch.empty(*size, dtype=torch.int32, device="meta") for size in ((batch, columns), (batch,)))
+    pages = KVPages(*pools, table, lens)
+    q = torch.empty(batch, case.tokens, NUM_KV_HEADS * case.group, dim_k, dtype=case.dtype, device="meta")
+    gates = torch.empty(*q.shape[:3], 3, dtype=case.dtype, device="meta")
+    shape = DecodeShape.of(q, pages, config)
+    sizes = NUM_KV_HEADS, case.group, case.dims, case.dtype, shape.chunks, config, case.arch
+    tiles = DecodeTiles.of(batch, case.tokens, *sizes)
+    with compiler.launches(case.arch) as launched:
+        out, _ = launch_decode(q, gates, pages, config, 0.1, case.tokens, tiles)
+        new, place = (
+            pools[0].new_empty,
+            Place(*(lens.new_empty(batch, dtype=x) for x in (torch.int64, torch.int64, torch.bool))),
+        )
+        rows_new = tuple(new(batch, NUM_KV_HEADS, dim) for dim in case.dims)
+        angles = tuple(new(batch, dim_k // 2, dtype=torch.float32) for _ in range(2))
+        for by in (None, angles):
+            cache_write.store_rows((pages.k, pages.v), rows_new, place, by)
+        cache_write.gather_windows((pages.k, pages.v), rows_new, place, place.row, place.exists)
+    assert out.shape == (*q.shape[:3], dim_v)
+    return list(launched.values())
+
+
+@pytest.mark.parametrize("case", DECODE_CASES, ids=str)
+def test_decoding_compiles_and_fits(compiler: Compiler, case: DecodeCase):
+    compiled = compile_decode(compiler, case)
+    assert {kernel.name for kernel in compiled} == kernel_names(decoding=True)
+    spill_bytes = DECODE_SPILL_BYTES.get(case, 0)
+    assert not [kernel.variant for kernel in compiled if kernel.spill_bytes > spill_bytes]
+    assert not [kernel.variant for kernel in compiled if kernel.registers > kernel.max_registers]
+    assert not [kernel.variant for kernel in compiled if kernel.shared_bytes > SHARED_BYTES[case.arch]]
+    readers = [kernel for kernel in compiled if kernel.name in ("_decode_scores_kernel", "_decode_attend_kernel")]
+    # Rows are copied 16 bytes at a time, while those before are computed with.
+    if case.dtype != torch.float32:
+        assert all("cp.async.cg.shared.global" in kernel.ptx for kernel in readers)
+    if case.arch == 90 and case.dims == (128, 128) and case.tokens == 1 and case.dtype != torch.float32:
+        # Three programs fit on a multiprocessor of 65,536 registers and 228 KiB.
+        assert all(kernel.registers <= 168 and kernel.shared_bytes <= 75 << 10 for kernel in readers)
+
+
+def test_capacities_and_pages_never_recompile_decoding(compiler: Compiler):
+    hashes = [
+        {kernel.hash for kernel in compile_decode(compiler, DecodeCase(90, pages=pages))}
+        for pages in ((1, 65536), (1, 4160), (13, 1024), (16, 8192))
+    ]
+    assert all(one == hashes[0] for one in hashes)
 
 
 LENGTHS = [(1000, 1), (4097, 7), (65536, 16)]

@@ -72,8 +72,9 @@ def build(indices: Tensor, layout: SequenceLayout, block_size: int, workspace: i
     """The index, with a workspace of so many pairs."""
     from flash_sparse_attention.impl.triton.inverted_index import Chunks, build_index
 
-    chunks = Chunks.fit(indices, layout.batch, block_size, 1, workspace)
-    return build_index(indices, layout.cu_seqlens, block_size, chunks)
+    chunks = Chunks.fit(indices, layout.keys.total_tokens, layout.batch, block_size, 1, workspace)
+    keys = None if layout.with_past is None else layout.with_past.cu_seqlens
+    return build_index(indices, layout.cu_seqlens, block_size, chunks, keys)
 
 
 def test_index_of_the_worked_example():
@@ -88,14 +89,21 @@ def test_index_of_the_worked_example():
 
 
 @pytest.mark.parametrize("workspace", [1 << 20, 2000, 700])
-@pytest.mark.parametrize("lengths", [(300,), (70, 0, 1, 290, 16)], ids=str)
-def test_index_against_counting_one_by_one(lengths: tuple[int, ...], workspace: int, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("lengths", "past"),
+    [((300,), (0,)), ((70, 0, 1, 290, 16), (0,) * 5), ((70, 0, 1, 200, 16), (20, 33, 90, 5, 0))],
+    ids=str,
+)
+def test_index_against_counting_one_by_one(
+    lengths: tuple[int, ...], past: tuple[int, ...], workspace: int, monkeypatch: pytest.MonkeyPatch
+):
     from flash_sparse_attention.impl.triton import inverted_index
 
     monkeypatch.setattr(inverted_index, "MIN_CHUNK_TOKENS", 1)
     tokens, heads, slots, block_size = sum(lengths), 2, 5, 16
-    layout = SequenceLayout.from_lengths(lengths)
-    indices = random_selection(tokens, heads, slots, geometry.num_blocks(max(lengths), block_size))
+    keys = SequenceLayout.from_lengths([a + b for a, b in zip(lengths, past, strict=True)])
+    layout = SequenceLayout.from_lengths(lengths).after(keys)
+    indices = random_selection(tokens, heads, slots, geometry.num_blocks(keys.max_length, block_size))
     index = build(indices, layout, block_size, workspace)
     chunks = index.chunks
     assert (chunks.head_chunks * chunks.token_chunks == 1) == (workspace == 1 << 20)
@@ -195,7 +203,7 @@ def test_operator_contract():
     q, k, v = draw(40)
     indices, bounds = random_selection(40, 2, 3, 4), torch.tensor([0, 25, 40], dtype=torch.int32)
     for loop_order, save_index in (("kv_outer", True), ("query_outer", False)):
-        opcheck(_selected_attention, (q, k, v, indices, bounds, 16, 0.25, loop_order, 64, save_index))
+        opcheck(_selected_attention, (q, k, v, indices, bounds, None, 16, 0.25, loop_order, 64, save_index))
 
 
 def test_compiled_checkpointed_and_under_autocast():

@@ -24,7 +24,16 @@ from flash_sparse_attention import (
     selected_attention,
     sliding_window_attention,
 )
-from flash_sparse_attention.impl import CAPABILITIES, OPERATORS, available, explain, load, resolve
+from flash_sparse_attention.impl import (
+    CACHE_WRITES,
+    CAPABILITIES,
+    OPERATORS,
+    WITH_KVCACHE,
+    available,
+    explain,
+    load,
+    resolve,
+)
 from flash_sparse_attention.validation import FLOAT_DTYPES
 
 CPU = torch.device("cpu")
@@ -387,8 +396,9 @@ def test_resolve_by_the_table():
 
 def test_explain_has_a_reason_for_every_row_and_one_choice_for_every_operator():
     decisions = explain(CPU, torch.float32)
-    assert [(d.operator, d.impl) for d in decisions if d.chosen] == [(operator, "blockwise") for operator in OPERATORS]
-    assert len(decisions) == len(CAPABILITIES)
+    shown = (*OPERATORS, WITH_KVCACHE)
+    assert [(d.operator, d.impl) for d in decisions if d.chosen] == [(operator, "blockwise") for operator in shown]
+    assert len(decisions) == len([row for row in CAPABILITIES if row.operator not in CACHE_WRITES])
     assert all(decision.reason for decision in decisions)
     by_hand = {d.impl: d.reason for d in decisions if d.operator == "combine"}
     assert by_hand["reference"] == "only on request (the specification, dense, memory N x N)"

@@ -3,6 +3,7 @@
 `nsa_attention` is the whole attention, the other functions are its parts; `flash_sparse_attention.nn` has the layer.
 """
 
+from .cache import NSACache
 from .config import NSAConfig
 from .functional import (
     combine,
@@ -25,6 +26,7 @@ __all__ = [
     "Compression",
     "Interval",
     "KVPages",
+    "NSACache",
     "NSAConfig",
     "NSAOutput",
     "SequenceLayout",

@@ -28,9 +28,9 @@ from torch import Tensor
 from . import geometry
 from .config import NSAConfig, compression_kinds
 from .geometry import Interval
-from .impl import WHOLE, WITH_KVCACHE, Capability, available, load, resolve
+from .impl import GATHER_WINDOWS, STORE_ROWS, WHOLE, WITH_KVCACHE, Capability, available, load, resolve
 from .precision import no_autocast
-from .types import AttentionOutput, Compression, KVPages, NSAOutput, SequenceLayout
+from .types import AttentionOutput, Compression, KVPages, NSAOutput, Place, SequenceLayout
 from .validation import (
     FLOAT_DTYPES,
     bad,
@@ -134,8 +134,7 @@ def interval_attention(
     """
     pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens, cu_seqlens_k)
     scale = _check_qkv(pack, q, k, v, interval, softmax_scale, suffix="")
-    past = pack.layout.with_past is not None
-    compute = load(resolve("interval_attention", impl, q.device, q.dtype, max(q.shape[-1], v.shape[-1]), past=past))
+    compute = load(resolve("interval_attention", impl, q.device, q.dtype, max(q.shape[-1], v.shape[-1])))
     with no_autocast(q):
         result = compute(*map(pack.flat, (q, k, v)), interval, pack.layout, scale)
     return AttentionOutput(*map(pack.restore, result))
@@ -286,9 +285,7 @@ def select_blocks(
     check_tensor("lse", lse, pack.shape(Hq=q.shape[-2]), FLOAT_DTYPES)
     check_same("device", q=q, lse=lse)
     reach = geometry.windows_reach(kernel_size, kernel_stride, block_size)
-    past = pack.layout.with_past is not None
-    sizes = q.shape[-1], reach, num_selected_blocks, past
-    compute = load(resolve("select_blocks", impl, q.device, q.dtype, *sizes))
+    compute = load(resolve("select_blocks", impl, q.device, q.dtype, q.shape[-1], reach, num_selected_blocks))
     tensors = map(pack.flat, (q, k_compressed, lse))
     blocks = block_size, num_selected_blocks, num_init_blocks, num_local_blocks
     with no_autocast(q):
@@ -354,8 +351,7 @@ def selected_attention(
         raise bad("block_indices", "of at least one slot T", list(block_indices.shape), "put -1 in what is unused")
     check_same("device", q=q, block_indices=block_indices)
     check_positive("workspace_mib", workspace_mib)
-    past = pack.layout.with_past is not None
-    row = resolve("selected_attention", impl, q.device, q.dtype, max(q.shape[-1], v.shape[-1]), past=past)
+    row = resolve("selected_attention", impl, q.device, q.dtype, max(q.shape[-1], v.shape[-1]))
     _check_loop_order(loop_order, row)
     schedule = {"loop_order": loop_order, "workspace_mib": workspace_mib, "save_index": save_index}
     tensors = map(pack.flat, (q, k, v, block_indices))
@@ -495,7 +491,7 @@ def nsa_attention(
             FLOAT_DTYPES,
             cure="the values of all branches are as wide as v, and the compressed branch has the heads of k",
         )
-    row = _whole(q, v, config, impl, pack.layout.with_past is not None)
+    row = _whole(q, v, config, impl)
     if row is not None:
         _check_loop_order(loop_order, row)
         tensors = (q, k, v, k_compressed, v_compressed, k_window, v_window, gates)
@@ -588,6 +584,36 @@ def nsa_attention_with_kvcache(
         return NSAOutput(*compute(q, gates, pages, config, scale))
 
 
+def store_rows(
+    pools: tuple[Tensor, Tensor],
+    rows: tuple[Tensor, Tensor],
+    place: Place,
+    by: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Writes keys and values `[N, Hk, D]` to their places in pools `[P, rows, Hk, D]`; what has no place is dropped.
+
+    No two of them may have the same place. With `by`, cosine and sine `[N, D / 2]`, keys are rotated first.
+    """
+    compute = load(resolve(STORE_ROWS, "auto", pools[0].device, pools[0].dtype))
+    compute(pools, tuple(x.detach() for x in rows), place, by)
+
+
+def gather_windows(
+    tails: tuple[Tensor, Tensor], rows: tuple[Tensor, Tensor], tail: Place, new: Tensor, is_new: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The tokens of windows, keys and values `[W * L, Hk, D]`, of which some are kept and others new.
+
+    Args:
+        tails: pools `[P, rows, Hk, D]` of those that are kept.
+        rows: the new keys and values `[N, Hk, D]`.
+        tail: where a token is kept, `[W, L]`.
+        new: which of the new ones it is, `[W, L]`.
+        is_new: whether it is a new one.
+    """
+    compute = load(resolve(GATHER_WINDOWS, "auto", tails[0].device, tails[0].dtype))
+    return compute(tails, tuple(x.detach() for x in rows), tail, new, is_new)
+
+
 def check_pages(pages: KVPages, config: NSAConfig) -> None:
     """The tensors of a cache fit each other and the configuration; their contents are not read.
 
@@ -621,12 +647,12 @@ def check_pages(pages: KVPages, config: NSAConfig) -> None:
     check_same("dtype", **named)
 
 
-def _whole(q: Tensor, v: Tensor, config: NSAConfig, impl: str, past: bool) -> Capability | None:
+def _whole(q: Tensor, v: Tensor, config: NSAConfig, impl: str) -> Capability | None:
     """The row that computes the whole attention at once, or None if its operators are to be called one by one."""
     if impl not in ("auto", "triton"):
         return None
     reach = geometry.windows_reach(config.kernel_size, config.kernel_stride, config.block_size)
-    sizes = q.device, q.dtype, max(q.shape[-1], v.shape[-1]), reach, config.num_selected_blocks, past
+    sizes = q.device, q.dtype, max(q.shape[-1], v.shape[-1]), reach, config.num_selected_blocks
     if impl == "auto" and not available(WHOLE, *sizes):
         return None
     return resolve(WHOLE, impl, *sizes)

@@ -9,7 +9,8 @@ import torch
 
 from ..config import NSAConfig
 from ..impl import OPERATORS
-from ..validation import FLOAT_DTYPES, check_choice, check_heads
+from ..types import SequenceLayout
+from ..validation import FLOAT_DTYPES, bad, check_choice, check_heads
 
 Flavour = Literal[
     "plain",
@@ -66,7 +67,7 @@ class Case:
     """Inputs on which implementations are judged. The same case makes the same inputs on every device.
 
     Attributes:
-        lengths: tokens of each sequence of the pack; 0 is allowed.
+        lengths: tokens of each sequence of the pack that have queries; 0 is allowed.
         num_heads: Hq.
         num_kv_heads: Hk, divides Hq.
         head_dim: Dk.
@@ -81,9 +82,10 @@ class Case:
             `independent branches`: every branch has keys and values of its own (`nsa_attention`);
             `ties`: importances are small integers, so that ties abound and are exact (`select_blocks`).
         seed: of the random numbers.
+        past: tokens of each sequence before those, which have keys only; none by default.
 
     Raises:
-        ValueError: for heads that do not divide, or an unknown dtype or flavour.
+        ValueError: for heads that do not divide, an unknown dtype or flavour, or a past of other sequences.
 
     Example:
         >>> print(Case((130, 0, 1), num_heads=10, num_kv_heads=2, dtype=torch.bfloat16))
@@ -99,11 +101,14 @@ class Case:
     dtype: torch.dtype = torch.float32
     flavour: Flavour = "plain"
     seed: int = 0
+    past: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_heads(self.num_heads, self.num_kv_heads)
         check_choice("flavour", self.flavour, FLAVOURS)
         check_choice("dtype", dtype_name(self.dtype), map(dtype_name, FLOAT_DTYPES))
+        if self.past and len(self.past) != len(self.lengths):
+            raise bad("past", f"of the {len(self.lengths)} sequences of lengths", len(self.past))
 
     def __str__(self) -> str:
         config = self.config
@@ -115,6 +120,7 @@ class Case:
             f"{windows} T={config.num_selected_blocks} w={config.window_size}",
             dtype_name(self.dtype),
             self.flavour,
+            *([f"past {','.join(map(str, self.past))}"] if self.past else []),
         )
         return " | ".join(parts)
 
@@ -122,6 +128,14 @@ class Case:
     def operators(self) -> tuple[str, ...]:
         """The operators that the flavour concerns."""
         return OPERATORS_OF_FLAVOUR[self.flavour]
+
+    def layout(self, device: torch.device | str = "cpu") -> SequenceLayout:
+        """The layout of the queries, which knows that of the keys."""
+        layout = SequenceLayout.from_lengths(self.lengths, device)
+        if not self.past:
+            return layout
+        keys = [past + length for past, length in zip(self.past, self.lengths, strict=True)]
+        return layout.after(SequenceLayout.from_lengths(keys, device))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -138,6 +152,7 @@ QUICK: tuple[Case, ...] = (
     Case((64, 97), 14, 2, 192, 128, config=_COINCIDING, dtype=torch.bfloat16),
     Case((150,), 4, 1, config=_PAPER, dtype=torch.float64),
     Case((310, 41), config=_COINCIDING, dtype=torch.bfloat16, flavour="ties"),
+    Case((1, 130, 0, 61, 40), dtype=torch.bfloat16, past=(200, 71, 33, 0, 300)),
     *(
         Case((310, 41), dtype=torch.bfloat16, flavour=flavour)
         for flavour in FLAVOURS

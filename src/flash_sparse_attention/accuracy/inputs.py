@@ -65,12 +65,12 @@ def attention_inputs(case: Case, layout: SequenceLayout, keys: SequenceLayout) -
 
 def whole_inputs(case: Case, layout: SequenceLayout) -> Tensors:
     """`q`, `k`, `v` and `gates`; where the case wants it, `k_compressed`, `v_compressed`, `k_window` and `v_window`."""
-    inputs = attention_inputs(case, layout, layout)
+    inputs = attention_inputs(case, layout, layout.keys)
     random = Random(case, layout.device, "branches")
     inputs["gates"] = random.tokens(layout, case.num_heads, 3)
     if case.flavour == "independent branches":
         compressed = layout.compressed(case.config.kernel_size, case.config.kernel_stride)
-        for branch, keys in (("compressed", compressed), ("window", layout)):
+        for branch, keys in (("compressed", compressed), ("window", layout.keys)):
             inputs[f"k_{branch}"] = random.tokens(keys, case.num_kv_heads, case.head_dim)
             inputs[f"v_{branch}"] = random.tokens(keys, case.num_kv_heads, case.head_dim_v)
     return inputs
@@ -105,7 +105,7 @@ def hostile_indices(case: Case, layout: SequenceLayout) -> Tensor:
     """Valid, future and absurd blocks in any order, some repeated; int32 `[N, Hk, T]`. Some rows are all -1."""
     random = Random(case, layout.device, "hostile indices")
     shape = layout.total_tokens, case.num_kv_heads, case.config.num_selected_blocks
-    indices = random.integers(0, geometry.num_blocks(layout.max_length, case.config.block_size) + 2, *shape)
+    indices = random.integers(0, geometry.num_blocks(layout.keys.max_length, case.config.block_size) + 2, *shape)
     kind = random.integers(0, 10, *shape)
     # In 32 bits, the first tokens of the last two wrap round to -2**31 and to 0.
     block_size = case.config.block_size

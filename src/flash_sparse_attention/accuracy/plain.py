@@ -76,7 +76,7 @@ def compressed_pair(x: Tensors, config: NSAConfig, layout: SequenceLayout) -> tu
     """The compressed keys and values of `inputs.whole_inputs`: given, or means."""
     if "k_compressed" in x:
         return x["k_compressed"], x["v_compressed"]
-    how = {**sizes(config, "kernel_size", "kernel_stride"), "cu_seqlens": layout, "impl": "reference"}
+    how = {**sizes(config, "kernel_size", "kernel_stride"), "cu_seqlens": layout.keys, "impl": "reference"}
     return functional.compress(x["k"], **how), functional.compress(x["v"], **how)
 
 

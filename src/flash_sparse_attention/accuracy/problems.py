@@ -31,7 +31,7 @@ class Problem:
         operator: its public name.
         variant: which use of it; may be empty.
         case: where the inputs come from.
-        layout: of the tokens.
+        layout: of the queries; see `Case.layout`.
         inputs: by name. All are floating, and all are differentiated.
         compute: computes the outputs.
     """
@@ -121,10 +121,10 @@ class WholeProblem(Problem):
 
 def problems(operator: str, case: Case, device: torch.device) -> Iterator[Problem]:
     """All uses of an operator on a case."""
-    layout, config = SequenceLayout.from_lengths(case.lengths, device), case.config
+    layout, config = case.layout(device), case.config
     if operator == "compress":
         for kind in compression_kinds():
-            yield _compress_problem(kind, case, layout)
+            yield _compress_problem(kind, case, layout.keys)
     elif operator == "interval_attention":
         yield _interval_problem("compressed", Interval(config.kernel_size, config.kernel_stride), case, layout)
         yield _interval_problem("window", Interval(window_size=config.window_size), case, layout)
@@ -198,7 +198,7 @@ def _selected_problem(case: Case, layout: SequenceLayout) -> Problem:
         attend = partial(functional.selected_attention, block_size=size, loop_order=loop_order or "auto")
         return plain.attend(attend, x["q"], x["k"], x["v"], block_indices, layout, impl)._asdict()
 
-    return Problem("selected_attention", "", case, layout, attention_inputs(case, layout, layout), compute)
+    return Problem("selected_attention", "", case, layout, attention_inputs(case, layout, layout.keys), compute)
 
 
 def _combine(x: Tensors, impl: str) -> Tensors:

@@ -22,6 +22,8 @@ OPERATORS = ("compress", "interval_attention", "select_blocks", "selected_attent
 WHOLE = "nsa_attention"
 # The whole attention of new tokens over a cache.
 WITH_KVCACHE = "nsa_attention_with_kvcache"
+# The writing of a cache, which is nothing for users.
+CACHE_WRITES = STORE_ROWS, GATHER_WINDOWS = ("store_rows", "gather_windows")
 IMPLEMENTATIONS = ("reference", "blockwise", "triton")
 # Found out here, as torch.compile cannot trace the search.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -44,7 +46,6 @@ class Capability:
         loop_orders: the loop orders of selected attention between which a caller may choose.
         max_reach: how many blocks past its first a compression window may reach, or None; see `geometry.windows_reach`.
         max_slots: the largest number of blocks that a query may keep, or None.
-        past: whether there may be more keys than queries.
     """
 
     operator: str
@@ -58,16 +59,9 @@ class Capability:
     loop_orders: tuple[str, ...] = ()
     max_reach: int | None = None
     max_slots: int | None = None
-    past: bool = True
 
     def refusal(
-        self,
-        device: torch.device,
-        dtype: torch.dtype,
-        head_dim: int = 0,
-        reach: int = 0,
-        slots: int = 0,
-        past: bool = False,
+        self, device: torch.device, dtype: torch.dtype, head_dim: int = 0, reach: int = 0, slots: int = 0
     ) -> str | None:
         """Why this implementation cannot run here, or None if it can."""
         # Triton's interpreter runs its kernels on CPU tensors, for tests.
@@ -82,8 +76,6 @@ class Capability:
             return "it takes compression windows of at most block_size + kernel_stride tokens"
         if self.max_slots is not None and slots > self.max_slots:
             return f"it keeps up to {self.max_slots} blocks a query, not {slots}"
-        if past and not self.past:
-            return "it takes as many queries as keys"
         if self.impl == "triton" and not _HAS_TRITON:
             return "it needs Triton, which is not installed (pip install 'flash-sparse-attention[triton]')"
         return None
@@ -109,7 +101,6 @@ CAPABILITIES: tuple[Capability, ...] = (
             loop_orders=loop_orders,
             max_reach=1 if op in ("select_blocks", WHOLE) else None,
             max_slots=256 if op in ("select_blocks", WHOLE) else None,
-            past=False,
         )
         for op, note, loop_orders in (
             ("compress", "Triton kernels", ()),
@@ -124,6 +115,19 @@ CAPABILITIES: tuple[Capability, ...] = (
             ),
         )
     ),
+    Capability(
+        WITH_KVCACHE,
+        "triton",
+        "triton",
+        ("cuda",),
+        (torch.float16, torch.bfloat16, torch.float32),
+        True,
+        "four Triton kernels, whose launches fit every length",
+        max_head_dim=256,
+        max_reach=1,
+        max_slots=256,
+    ),
+    *(Capability(op, "triton", "triton", ("cuda",), _FLOATS, True, "a Triton kernel") for op in CACHE_WRITES),
     *(
         Capability(
             op,
@@ -135,7 +139,7 @@ CAPABILITIES: tuple[Capability, ...] = (
             "PyTorch in blocks, memory linear in N",
             loop_orders=("kv_outer",) if op == "selected_attention" else (),
         )
-        for op in (*OPERATORS, WITH_KVCACHE)
+        for op in (*OPERATORS, WITH_KVCACHE, *CACHE_WRITES)
     ),
     *(
         Capability(op, "reference", "reference", ("any",), _FLOATS, False, "the specification, dense, memory N x N")
@@ -169,7 +173,6 @@ def resolve(
     head_dim: int = 0,
     reach: int = 0,
     slots: int = 0,
-    past: bool = False,
 ) -> Capability:
     """The row of the table that computes `operator`; an explicit `impl` never falls back to another.
 
@@ -180,9 +183,9 @@ def resolve(
     rows = [row for row in CAPABILITIES if row.operator == operator and impl in ("auto", row.impl)]
     candidates = [row for row in rows if row.auto or impl != "auto"]
     for row in candidates:
-        if row.refusal(device, dtype, head_dim, reach, slots, past) is None:
+        if row.refusal(device, dtype, head_dim, reach, slots) is None:
             return row
-    refusals = [str(row.refusal(device, dtype, head_dim, reach, slots, past)) for row in candidates]
+    refusals = [str(row.refusal(device, dtype, head_dim, reach, slots)) for row in candidates]
     reasons = "; ".join(refusals) or "this version does not have it"
     raise ValueError(f"impl={impl!r} cannot compute {operator}: {reasons}; use impl='auto' for what runs here")
 
@@ -234,8 +237,7 @@ def available(
     head_dim: int = 0,
     reach: int = 0,
     slots: int = 0,
-    past: bool = False,
 ) -> list[str]:
     """Names of the implementations that can run `operator` on this device and dtype, with these sizes."""
     rows = (row for row in CAPABILITIES if row.operator == operator)
-    return [row.impl for row in rows if row.refusal(device, dtype, head_dim, reach, slots, past) is None]
+    return [row.impl for row in rows if row.refusal(device, dtype, head_dim, reach, slots) is None]

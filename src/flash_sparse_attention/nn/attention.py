@@ -13,15 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..cache import FEW_TOKENS, Branches, LayerCache, NSACache, Step
 from ..config import NSAConfig
-from ..functional import CuSeqlens, nsa_attention
-from ..types import SequenceLayout
-from ..validation import FLOAT_DTYPES, check_heads, check_positive, check_tensor
+from ..functional import CuSeqlens, nsa_attention, nsa_attention_with_kvcache
+from ..types import NSAOutput, SequenceLayout
+from ..validation import FLOAT_DTYPES, bad, check_heads, check_positive, check_tensor
 from .compressors import Compressor
 from .packing import positions_of
 from .rotary import Rotation, check_rotary, rotate, rotation
@@ -168,8 +169,52 @@ class NativeSparseAttention(nn.Module):
         # sigmoid(b) = 1 / X  <=>  b = -log(X - 1)
         nn.init.constant_(self.branch_gate_proj.bias, -math.log(len(BRANCHES) - 1))
 
+    def new_cache(
+        self,
+        batch: int,
+        capacity: int | None = None,
+        *,
+        num_layers: int = 1,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> NSACache:
+        """An empty cache for layers like this one.
+
+        Args:
+            batch: sequences.
+            capacity: tokens that a sequence may have; None to grow as needed.
+            num_layers: layers that it serves.
+            dtype: of keys and values: that of the parameters by default, or of `torch.autocast` where it is enabled.
+            **options: `page_size`, `num_pages`, `max_crop` and `pools` of `NSACache`.
+
+        Example:
+            >>> NativeSparseAttention(64, num_heads=4, num_kv_heads=2, head_dim=16).new_cache(2, 1000).capacity
+            1000
+        """
+        device = self.q_proj.weight.device
+        if dtype is None:
+            autocast = torch.is_autocast_enabled(device.type)
+            dtype = torch.get_autocast_dtype(device.type) if autocast else self.q_proj.weight.dtype
+        return NSACache(
+            self.config,
+            num_layers=num_layers,
+            batch=batch,
+            capacity=capacity,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=self.head_dim,
+            head_dim_v=self.head_dim_v,
+            rotary=self.rope_theta is not None,
+            device=device,
+            dtype=dtype,
+            **options,
+        )
+
     def forward(
-        self, hidden_states: Tensor, cu_seqlens: CuSeqlens = None, position_ids: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        cu_seqlens: CuSeqlens = None,
+        position_ids: Tensor | None = None,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """Attention within each sequence; a token sees nothing after itself.
 
@@ -180,16 +225,27 @@ class NativeSparseAttention(nn.Module):
             position_ids: positions for the rotary embedding, int64 or int32 `[N]` or `[B, S]`; counted from the start
                 of each sequence by default. A key compressed before rotation takes that of its window's first token.
                 They do not change which tokens are visible.
+            cache: of this layer in an `NSACache` that is being extended by these tokens: they follow those that it
+                holds, attend to them, and are kept. Not with `position_ids`. No gradients.
 
         Returns:
             Of the shape of `hidden_states`.
 
         Raises:
-            ValueError: for arguments of a wrong shape or dtype, or `cu_seqlens` with a batch.
+            ValueError: for arguments of a wrong shape or dtype, `cu_seqlens` with a batch, or a cache that was made for
+                another attention or is being extended by other tokens.
         """
         token_dims = check_hidden_states(hidden_states, self.hidden_size)
         layout = SequenceLayout.of("hidden_states", hidden_states, token_dims == 2, cu_seqlens)
+        if cache is not None:
+            with torch.no_grad():
+                return self._forward(hidden_states, layout, self._positions(layout, position_ids, cache), cache)
         positions = positions_of("hidden_states", hidden_states, token_dims, position_ids, layout)
+        return self._forward(hidden_states, layout, positions, None)
+
+    def _forward(
+        self, hidden_states: Tensor, layout: SequenceLayout, positions: Tensor, cache: LayerCache | None
+    ) -> Tensor:
         hidden = hidden_states.flatten(0, -2)
         q_NHD = self.q_proj(hidden).unflatten(-1, (self.num_heads, self.head_dim))
         k_NXHD = self.k_proj(hidden).unflatten(-1, (self.num_kv_pairs, self.num_kv_heads, self.head_dim))
@@ -197,7 +253,7 @@ class NativeSparseAttention(nn.Module):
         gates_NHX = self.branch_gate_proj(hidden * self._gate_scale).unflatten(-1, (-1, len(BRANCHES)))
         # The operators accumulate in float32 by themselves; autocast would round their scores to its own dtype.
         with torch.autocast(hidden.device.type, enabled=False):
-            out_NHD = self._attend(q_NHD, k_NXHD, v_NXHD, gates_NHX, layout, positions)
+            out_NHD = self._attend(q_NHD, k_NXHD, v_NXHD, gates_NHX, layout, positions, cache)
         return self.o_proj(out_NHD.flatten(1)).view(hidden_states.shape)
 
     def _attend(
@@ -208,40 +264,124 @@ class NativeSparseAttention(nn.Module):
         gates_NHX: Tensor,
         layout: SequenceLayout,
         positions: Tensor,
+        cache: LayerCache | None,
     ) -> Tensor:
         """The gated sum of the branches. Indexing by branch works for shared and for independent keys alike."""
-        by: Rotation | None = None
-        if self.rope_theta is not None:
-            by = rotation(positions, self.head_dim, self.rope_theta, q_NHD.dtype)
+        if cache is None:
+            by = self._rotation(positions, q_NHD.dtype)
+        else:
+            by = self._step_rotation(cache.step, "tokens", positions, q_NHD.dtype)
         compressed, selected, window = range(3) if self.num_kv_pairs == 3 else (0, 0, 0)
         k_selected = _rotated(k_NXHD[:, selected], by)
         k_window = k_selected if window == selected else _rotated(k_NXHD[:, window], by)
-        if self.config.rope == "after":
-            starts = layout.window_starts(self.config.kernel_size, self.config.kernel_stride)
-            k_compressed = self.compressor_k(k_NXHD[:, compressed], layout)
-            k_compressed = _rotated(k_compressed, None if by is None else by.at(starts))
+        k_first = k_NXHD[:, compressed]
+        if self.config.rope == "before":
+            k_first = k_selected if compressed == selected else _rotated(k_first, by)
+        q_NHD = _rotated(q_NHD, by)
+        k = Branches(k_first, k_selected, k_window)
+        v = Branches(*(v_NXHD[:, branch] for branch in (compressed, selected, window)))
+        if cache is not None:
+            out, block_indices = self._attend_cached(q_NHD, k, v, gates_NHX, cache)
         else:
-            k_rotated = k_selected if compressed == selected else _rotated(k_NXHD[:, compressed], by)
-            k_compressed = self.compressor_k(k_rotated, layout)
-        out, block_indices = nsa_attention(
-            _rotated(q_NHD, by),
-            k_selected,
-            v_NXHD[:, selected],
-            gates_NHX,
+            k_compressed = self.compressor_k(k.compressed, layout)
+            if self.config.rope == "after":
+                starts = layout.window_starts(self.config.kernel_size, self.config.kernel_stride)
+                k_compressed = _rotated(k_compressed, None if by is None else by.at(starts))
+            out, block_indices = self._attend_packed(
+                q_NHD, k, v, k_compressed, self.compressor_v(v.compressed, layout), gates_NHX, layout
+            )
+        for record in self._recorders:
+            record(AttentionRecord(block_indices, gates_NHX.detach().sigmoid()))
+        return out
+
+    def _attend_packed(
+        self,
+        q: Tensor,
+        k: Branches,
+        v: Branches,
+        k_compressed: Tensor,
+        v_compressed: Tensor,
+        gates: Tensor,
+        layout: SequenceLayout,
+    ) -> NSAOutput:
+        """`nsa_attention` on packed tensors."""
+        return nsa_attention(
+            q,
+            k.selected,
+            v.selected,
+            gates,
             self.config,
             k_compressed=k_compressed,
-            v_compressed=self.compressor_v(v_NXHD[:, compressed], layout),
-            k_window=k_window,
-            v_window=v_NXHD[:, window],
+            v_compressed=v_compressed,
+            k_window=k.window,
+            v_window=v.window,
             cu_seqlens=layout,
             softmax_scale=self.softmax_scale,
             impl=self.impl,
             loop_order=self.loop_order,
             recompute=self.recompute,
         )
-        for record in self._recorders:
-            record(AttentionRecord(block_indices, gates_NHX.detach().sigmoid()))
-        return out
+
+    def _attend_cached(self, q: Tensor, k: Branches, v: Branches, gates: Tensor, cache: LayerCache) -> NSAOutput:
+        """Keeps the new tokens, and attends to them and to all before."""
+        step = cache.step
+        if k.selected.dtype != cache.cache.dtype:
+            raise bad("cache", f"of {k.selected.dtype}, as the keys are", cache.cache.dtype, "make it with that dtype")
+        by = None
+        if step.windows is not None and self.config.rope == "after":
+            by = self._step_rotation(step, "windows", step.windows.starts, k.selected.dtype)
+        cache.append(k, v, self.compressor_k, self.compressor_v, by)
+        if step.fresh:
+            return self._attend_packed(q, k, v, *cache.packed_compressed(), gates, step.new_layout)
+        if step.tokens is not None and step.tokens <= FEW_TOKENS:
+            sizes = (step.layout.batch, step.tokens)
+            result = nsa_attention_with_kvcache(
+                q.unflatten(0, sizes),
+                gates.unflatten(0, sizes),
+                cache.pages,
+                self.config,
+                softmax_scale=self.softmax_scale,
+                impl=self.impl,
+            )
+            return NSAOutput(*(x.flatten(0, 1) for x in result))
+        if cache.cache.capturing():
+            raise bad(
+                "hidden_states", f"of at most {FEW_TOKENS} tokens a sequence in a CUDA graph", step.layout.lengths
+            )
+        k_all, v_all, k_window, v_window = cache.packed()
+        k, v = Branches(k_all, k_all, k_window), Branches(v_all, v_all, v_window)
+        return self._attend_packed(q, k, v, *cache.packed_compressed(), gates, step.layout)
+
+    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation | None:
+        return None if self.rope_theta is None else rotation(positions, self.head_dim, self.rope_theta, dtype)
+
+    def _step_rotation(self, step: Step, name: str, positions: Tensor, dtype: torch.dtype) -> Rotation | None:
+        """The rotation of positions of a step, which is the same in all layers with the same frequencies."""
+        key = name, self.head_dim, self.rope_theta, dtype
+        if key not in step.memory:
+            step.memory[key] = self._rotation(positions, dtype)
+        return step.memory[key]
+
+    def _positions(self, layout: SequenceLayout, position_ids: Tensor | None, cache: LayerCache) -> Tensor:
+        """The positions of tokens that extend a cache, which is of this layer and is being extended by them."""
+        of = cache.cache
+        sizes = {
+            "config": (of.config, self.config),
+            "num_kv_heads": (cache.k.shape[2], self.num_kv_heads),
+            "head_dim": (cache.k.shape[3], self.head_dim),
+            "head_dim_v": (cache.v.shape[3], self.head_dim_v),
+            "rotary": (of.rotary, self.rope_theta is not None),
+            "device": (of.device, self.q_proj.weight.device),
+        }
+        for name, (got, wanted) in sizes.items():
+            if got != wanted:
+                raise bad("cache", f"made for {name}={wanted}", got, "new_cache of the layer makes one")
+        if position_ids is not None:
+            raise bad("position_ids", "left out with a cache", "both", "positions are counted on")
+        if layout.lengths != cache.step.layout.lengths:
+            expected = f"of the lengths {list(cache.step.layout.lengths)} by which the cache is extended"
+            raise bad("hidden_states", expected, list(layout.lengths))
+        return cache.step.positions
 
     def extra_repr(self) -> str:
         """What the submodules do not show."""

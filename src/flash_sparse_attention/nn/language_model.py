@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..cache import LayerCache, NSACache
 from ..config import NSAConfig
 from ..functional import CuSeqlens
 from ..types import SequenceLayout
@@ -164,20 +165,43 @@ class LanguageModel(nn.Module):
                 layer.self_attn.compressor_k.reset_parameters()
                 layer.self_attn.compressor_v.reset_parameters()
 
-    def forward(self, tokens: Tensor, cu_seqlens: CuSeqlens = None) -> Tensor:
+    def new_cache(self, batch: int, capacity: int | None = None, **options: Any) -> NSACache:
+        """An empty cache for this model; see `NativeSparseAttention.new_cache`.
+
+        Raises:
+            ValueError: if the attention is not sparse.
+        """
+        layer = self.layers[0]
+        assert isinstance(layer, DecoderLayer)
+        if not isinstance(layer.self_attn, NativeSparseAttention):
+            raise bad("attention", "'nsa' to have a cache", repr(self.config.attention))
+        return layer.self_attn.new_cache(batch, capacity, num_layers=self.config.num_layers, **options)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cu_seqlens: CuSeqlens = None,
+        cache: NSACache | None = None,
+        *,
+        last_logits: bool = False,
+    ) -> Tensor:
         """The logits of the token that follows each token.
 
         Args:
             tokens: int64, packed `[N]` or batched `[B, S]`, from 0 up to vocab_size - 1.
             cu_seqlens: bounds of the packed sequences, int32 `[B + 1]`, or a `SequenceLayout`; None for one sequence,
                 and for a batch.
+            cache: what holds the tokens before these, of as many sequences, and will hold these as well; see
+                `new_cache`. If anything fails, it is as it was. No gradients.
+            last_logits: whether only the logits behind the last token of each sequence are wanted.
 
         Returns:
             Logits `[N, vocab_size]` or `[B, S, vocab_size]`, in the dtype of the parameters or of autocast: take the
-            loss of `logits.float()`.
+            loss of `logits.float()`. With `last_logits`, `[B, vocab_size]`.
 
         Raises:
-            ValueError: for arguments of a wrong shape or dtype, or `cu_seqlens` with a batch.
+            ValueError: for arguments of a wrong shape or dtype, `cu_seqlens` with a batch, an empty sequence with
+                `last_logits`, or a cache that does not fit or is full.
         """
         batched = isinstance(tokens, Tensor) and tokens.dim() == 2
         token_dims: dict[str, int | None] = {"B": None, "S": None} if batched else {"N": None}
@@ -186,15 +210,31 @@ class LanguageModel(nn.Module):
         )
         # Made once for all layers; a tensor of bounds would be copied to the host by each of them.
         layout = SequenceLayout.of("tokens", tokens, batched, cu_seqlens)
-        positions = layout.positions()
-        hidden = self.embed_tokens(tokens.flatten())
+        if last_logits and 0 in layout.lengths:
+            raise bad("tokens", "at least one in each sequence with last_logits", list(layout.lengths))
+        if cache is not None:
+            if len(cache.layers) != len(self.layers):
+                raise bad("cache", f"made for num_layers={len(self.layers)}", len(cache.layers))
+            with torch.no_grad(), cache.extend(layout):
+                hidden = self.embed_tokens(tokens.flatten())
+                for layer, kept in zip(self.layers, cache.layers, strict=True):
+                    hidden = layer(hidden, layout, None, kept)
+                return self._logits(hidden, layout, tokens, last_logits)
+        hidden, positions = self.embed_tokens(tokens.flatten()), layout.positions()
         for layer in self.layers:
             if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
                 hidden = checkpoint(layer, hidden, layout, positions, use_reentrant=False)
             else:
                 hidden = layer(hidden, layout, positions)
+        return self._logits(hidden, layout, tokens, last_logits)
+
+    def _logits(self, hidden: Tensor, layout: SequenceLayout, tokens: Tensor, last_logits: bool) -> Tensor:
+        """The output layer, behind all tokens or the last of each sequence."""
+        if last_logits:
+            hidden = hidden[layout.cu_seqlens[1:].long() - 1]
         head = self.embed_tokens if self.lm_head is None else self.lm_head
-        return F.linear(self.norm(hidden), head.weight).view(*tokens.shape, self.config.vocab_size)
+        logits = F.linear(self.norm(hidden), head.weight)
+        return logits if last_logits else logits.view(*tokens.shape, self.config.vocab_size)
 
     def num_parameters(self) -> int:
         """Numbers that are trained; tied embeddings count once.
@@ -233,9 +273,12 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps, **factory)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps, **factory)
 
-    def forward(self, hidden: Tensor, layout: SequenceLayout, positions: Tensor) -> Tensor:
-        """The block applied to the tokens of `layout`."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), layout, positions)
+    def forward(
+        self, hidden: Tensor, layout: SequenceLayout, positions: Tensor | None, cache: LayerCache | None = None
+    ) -> Tensor:
+        """The block applied to the tokens of `layout`, which stand at these positions, or extend a cache."""
+        kept = {} if cache is None else {"cache": cache}
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), layout, positions, **kept)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 

@@ -10,14 +10,16 @@ from .block_selection import select_blocks
 from .combine import combine
 from .compress import compress
 from .interval import interval_attention
-from .kvcache import nsa_attention_with_kvcache
+from .kvcache import gather_windows, nsa_attention_with_kvcache, store_rows
 from .selected import selected_attention
 
 __all__ = [
     "combine",
     "compress",
+    "gather_windows",
     "interval_attention",
     "nsa_attention_with_kvcache",
     "select_blocks",
     "selected_attention",
+    "store_rows",
 ]

@@ -38,6 +38,32 @@ def nsa_attention_with_kvcache(
     return NSAOutput(*(torch.cat(x, 1) for x in zip(*parts, strict=True)))
 
 
+def store_rows(
+    pools: tuple[Tensor, Tensor], rows: tuple[Tensor, Tensor], place: Place, by: tuple[Tensor, Tensor] | None
+) -> None:
+    """As `functional.store_rows`."""
+    if by is not None:
+        (cos, sin), (first, second) = (x[:, None] for x in by), wide(rows[0]).chunk(2, -1)
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+        rows = rotated.to(rows[0].dtype), rows[1]
+    page, row = place.page, place.row
+    if not place.exists.all():
+        page, row = page[place.exists], row[place.exists]
+        rows = rows[0][place.exists], rows[1][place.exists]
+    for pool, x in zip(pools, rows, strict=True):
+        pool[page, row] = x
+
+
+def gather_windows(
+    tails: tuple[Tensor, Tensor], rows: tuple[Tensor, Tensor], tail: Place, new: Tensor, is_new: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `functional.gather_windows`."""
+    chosen = is_new[..., None, None]
+    pairs = zip(tails, rows, strict=True)
+    k, v = (torch.where(chosen, x[new], old[tail.page, tail.row]).flatten(0, 1) for old, x in pairs)
+    return k, v
+
+
 def _attend_some(
     q_BTHD: Tensor,
     gates_BTHX: Tensor,

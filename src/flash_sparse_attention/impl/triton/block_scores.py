@@ -17,7 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .interval import interval_end
-from .primitives import exp_shifted, load_rows, padded, padded_dim, positive_scale, tile_descriptor, tile_of_rows
+from .primitives import (
+    exp_shifted,
+    load_rows,
+    padded,
+    padded_dim,
+    past_of,
+    positive_scale,
+    tile_descriptor,
+    tile_of_rows,
+)
 from .tuning import ScoreTiles
 
 # Bytes of the scores of a chunk of tokens, and programs that a chunk is to have.
@@ -43,6 +52,7 @@ def launch_select_blocks(
     num_local_blocks: int,
     softmax_scale: float,
     tiles: ScoreTiles,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
     """The T blocks that each (token, kv head) keeps: int32 `[N, Hk, T]`, ascending, -1 in unused slots at the end.
 
@@ -50,10 +60,11 @@ def launch_select_blocks(
         q: `[N, Hq, Dk]`.
         k: compressed keys `[M, Hk, Dk]`.
         lse: of the compressed attention, float32 `[N, Hq]`.
-        cu_seqlens, key_bounds: int32 `[B + 1]`, bounds of the tokens and of the compressed tokens.
-        max_length: tokens of the longest sequence at most.
+        cu_seqlens, key_bounds: int32 `[B + 1]`, bounds of the queries and of the compressed tokens.
+        max_length: tokens of the longest sequence at most, those without queries included.
         kernel_size, ..., softmax_scale: as `select_blocks`.
         tiles: of the scores.
+        cu_seqlens_k: int32 `[B + 1]`, bounds of the tokens, of which the last ones have queries; None where all have.
     """
     (total_tokens, num_heads, dim), num_kv_heads = q.shape, k.shape[1]
     group, num_sequences = num_heads // num_kv_heads, cu_seqlens.numel() - 1
@@ -69,22 +80,26 @@ def launch_select_blocks(
     scores = torch.empty(chunk * tiles.tokens * num_kv_heads * most_blocks, dtype=torch.float32, device=q.device)
     for first_tile in range(0, token_tiles, chunk):
         some = min(chunk, token_tiles - first_tile)
-        # No tile is further from the start of its sequence than from that of the pack.
-        columns = triton.cdiv(min(max_length, (first_tile + some) * tiles.tokens), block_size)
+        newest = max_length
+        if cu_seqlens_k is None:
+            # No tile is further from the start of its sequence than from that of the pack.
+            newest = min(max_length, (first_tile + some) * tiles.tokens)
+        columns = triton.cdiv(newest, block_size)
         block_tiles = triton.cdiv(columns, blocks)
         spans = min(block_tiles, triton.cdiv(SCORE_PROGRAMS, some * num_kv_heads))
         span = triton.cdiv(block_tiles, spans)
         _block_scores_kernel[(triton.cdiv(block_tiles, span), some, num_kv_heads)](
-            q, k, k_desc, lse, cu_seqlens, key_bounds, scores, num_sequences, first_tile, columns, span, softmax_scale,
+            q, k, k_desc, lse, cu_seqlens, key_bounds, cu_seqlens_k, scores,
+            num_sequences, first_tile, columns, span, softmax_scale,
             q.stride(0), k.stride(0), num_heads, group, dim, kernel_size, kernel_stride, block_size,
             tiles.tokens, blocks, windows, group <= tiles.resident, tiles.stages, num_warps=tiles.warps,
         )  # fmt: skip
         held = padded(columns, LEAST_COLUMNS)
         warps = min(max(1, held // PICK_COLUMNS), 16)
         _pick_blocks_kernel[(some * tiles.tokens, num_kv_heads)](
-            scores, cu_seqlens, indices, num_sequences, first_tile, columns, num_kv_heads, tiles.tokens, block_size,
-            num_selected_blocks, padded(num_selected_blocks), num_init_blocks, num_local_blocks, held, 32 * warps,
-            num_warps=warps,
+            scores, cu_seqlens, cu_seqlens_k, indices, num_sequences, first_tile, columns,
+            num_kv_heads, tiles.tokens, block_size, num_selected_blocks, padded(num_selected_blocks),
+            num_init_blocks, num_local_blocks, held, 32 * warps, num_warps=warps,
         )  # fmt: skip
     return indices
 
@@ -120,6 +135,7 @@ def _block_scores_kernel(
     lse_ptr,
     cu_seqlens_ptr,
     key_bounds_ptr,
+    cu_seqlens_k_ptr,
     scores_ptr,
     num_sequences,
     first_tile,
@@ -155,14 +171,16 @@ def _block_scores_kernel(
     sequence, token_start, length, first_token = tile_of_rows(
         first_tile + slot, cu_seqlens_ptr, num_sequences, 1, TOKENS
     )
-    last_token = tl.minimum(first_token + TOKENS, length) - 1
+    past = past_of(sequence, token_start, cu_seqlens_ptr, cu_seqlens_k_ptr)
+    last_token = past + tl.minimum(first_token + TOKENS, length) - 1
     first = tl.program_id(0) * span
     if (first_token >= length) | (first * BLOCKS > last_token // BLOCK_SIZE):
         return
     in_tile = tl.arange(0, TOKENS)
     token = first_token + in_tile
     mask = token < length
-    end = interval_end(token, KERNEL_SIZE, KERNEL_STRIDE)
+    pos_token = past + token
+    end = interval_end(pos_token, KERNEL_SIZE, KERNEL_STRIDE)
     key_start = tl.load(key_bounds_ptr + sequence)
     num_keys = tl.load(key_bounds_ptr + sequence + 1) - key_start
     in_pack = (token_start + token).to(tl.int64)
@@ -214,7 +232,7 @@ def _block_scores_kernel(
             scores += tl.where(offs[None, :] == 0, reached[:, None], tl.gather(next_block, before, 1))
             reached = tl.sum(tl.where(offs[None, :] == BLOCKS - 1, next_block, 0.0), 1)
         block = tile * BLOCKS + offs
-        stored = mask[:, None] & (block[None, :] <= token[:, None] // BLOCK_SIZE) & (tile >= first)
+        stored = mask[:, None] & (block[None, :] <= pos_token[:, None] // BLOCK_SIZE) & (tile >= first)
         tl.store(scores_ptr + block[None, :], scores, mask=stored)
 
 
@@ -222,6 +240,7 @@ def _block_scores_kernel(
 def _pick_blocks_kernel(
     scores_ptr,
     cu_seqlens_ptr,
+    cu_seqlens_k_ptr,
     indices_ptr,
     num_sequences,
     first_tile,
@@ -249,12 +268,12 @@ def _pick_blocks_kernel(
     """
     head = tl.program_id(1)
     tile = first_tile + tl.program_id(0) // TOKENS
-    _, token_start, length, first_token = tile_of_rows(tile, cu_seqlens_ptr, num_sequences, 1, TOKENS)
+    sequence, token_start, length, first_token = tile_of_rows(tile, cu_seqlens_ptr, num_sequences, 1, TOKENS)
     token = first_token + tl.program_id(0) % TOKENS
     if token >= length:
         return
     # geometry.num_eligible_blocks
-    eligible = token // BLOCK_SIZE + 1
+    eligible = (past_of(sequence, token_start, cu_seqlens_ptr, cu_seqlens_k_ptr) + token) // BLOCK_SIZE + 1
     wanted = tl.minimum(SLOTS, eligible)
     block = tl.arange(0, COLUMNS)
     row = tl.program_id(0).to(tl.int64) * HEADS + head

@@ -31,6 +31,7 @@ from .primitives import (
     lift,
     load_rows,
     padded_dim,
+    past_of,
     positive_scale,
     store_rows,
     tile_descriptor,
@@ -70,10 +71,12 @@ def launch_interval_fwd(
     key_bounds: Tensor,
     sizes: IntervalSizes,
     tiles: IntervalTiles,
+    cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out `[N, Hq, Dv]` and lse `[N, Hq]` (natural logarithm, float32).
 
-    `key_bounds` int32 `[B + 1]` bounds the keys of the sequences as `cu_seqlens` bounds their tokens.
+    `key_bounds` int32 `[B + 1]` bounds the keys of the sequences as `cu_seqlens` bounds their queries, and
+    `cu_seqlens_k` their tokens, of which the last ones have queries; None where all have.
     """
     (total_tokens, num_heads, dim_k), (_, num_kv_heads, dim_v) = q.shape, v.shape
     group = num_heads // num_kv_heads
@@ -82,7 +85,8 @@ def launch_interval_fwd(
     q, softmax_scale = positive_scale(q, sizes.softmax_scale)
     num_sequences = cu_seqlens.numel() - 1
     _interval_fwd_kernel[(total_tokens * group // tiles.rows + num_sequences, num_kv_heads)](
-        q, k, v, *_descriptors(k, v, sizes, tiles), cu_seqlens, key_bounds, out, lse, num_sequences, softmax_scale,
+        q, k, v, *_descriptors(k, v, sizes, tiles), cu_seqlens, key_bounds, cu_seqlens_k, out, lse,
+        num_sequences, softmax_scale,
         q.stride(0), k.stride(0), v.stride(0), num_heads, group, dim_k, dim_v,
         *sizes[:3], tiles.rows, tiles.keys, tiles.stages, **launch_options(tiles),
     )  # fmt: skip
@@ -102,16 +106,17 @@ def launch_interval_dq(
     tiles: IntervalTiles,
     dq: Tensor,
     add: bool = False,
+    cu_seqlens_k: Tensor | None = None,
 ) -> None:
     """The gradient of q into `dq`, `[N, Hq, Dk]`, or added to what is there.
 
-    `shift` and `delta` are those of `launch_shifts`.
+    `shift` and `delta` are those of `launch_shifts`, and bounds are as for `launch_interval_fwd`.
     """
     (total_tokens, num_heads, dim_k), (_, num_kv_heads, dim_v) = q.shape, v.shape
     group, num_sequences = num_heads // num_kv_heads, cu_seqlens.numel() - 1
     _interval_dq_kernel[(total_tokens * group // tiles.rows + num_sequences, num_kv_heads)](
-        q, k, v, *_descriptors(k, v, sizes, tiles), d_out, shift, delta, cu_seqlens, key_bounds, dq,
-        num_sequences, sizes.softmax_scale,
+        q, k, v, *_descriptors(k, v, sizes, tiles), d_out, shift, delta, cu_seqlens, key_bounds, cu_seqlens_k,
+        dq, num_sequences, sizes.softmax_scale,
         q.stride(0), k.stride(0), v.stride(0), d_out.stride(0), num_heads, group, dim_k, dim_v,
         *sizes[:3], add, tiles.rows, tiles.keys, tiles.stages, **launch_options(tiles),
     )  # fmt: skip
@@ -128,8 +133,12 @@ def launch_interval_dkv(
     key_bounds: Tensor,
     sizes: IntervalSizes,
     tiles: IntervalTiles,
+    cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of k and v, in their dtypes; `shift` and `delta` are those of `launch_shifts`."""
+    """The gradients of k and v, in their dtypes; `shift` and `delta` are those of `launch_shifts`.
+
+    Bounds are as for `launch_interval_fwd`.
+    """
     (num_keys, num_kv_heads, dim_k), dim_v, num_heads = k.shape, v.shape[2], q.shape[1]
     group, num_sequences = num_heads // num_kv_heads, cu_seqlens.numel() - 1
     key_tiles = num_keys // tiles.keys + num_sequences
@@ -139,7 +148,7 @@ def launch_interval_dkv(
     else:
         dk, dv = (x.new_empty(shares, *x.shape, dtype=torch.float32) for x in (k, v))
     _interval_dkv_kernel[(key_tiles, num_kv_heads, shares)](
-        q, k, v, d_out, shift, delta, cu_seqlens, key_bounds, dk, dv, num_sequences, num_keys,
+        q, k, v, d_out, shift, delta, cu_seqlens, key_bounds, cu_seqlens_k, dk, dv, num_sequences, num_keys,
         sizes.softmax_scale,
         q.stride(0), k.stride(0), v.stride(0), d_out.stride(0), num_heads, group, dim_k, dim_v,
         *sizes[:3], tiles.rows, tiles.keys, tiles.stages, **launch_options(tiles),
@@ -200,7 +209,7 @@ def _visible(key, start, end, WINDOW: tl.constexpr):
 
 @triton.jit
 def _key_range(
-    first_row, num_rows, GROUP: tl.constexpr, KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr,
+    first_row, num_rows, past, GROUP: tl.constexpr, KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr,
     WINDOW: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
     """Keys that a tile of rows sees: the first, the first of those in tiles that need a mask, and one past the last.
@@ -208,8 +217,8 @@ def _key_range(
     All tiles of a window are masked: it has few.
     """
     newest_row = tl.minimum(first_row + ROWS, num_rows) - 1
-    last = interval_end(newest_row // GROUP, KERNEL_SIZE, KERNEL_STRIDE)
-    seen_by_all = interval_end(first_row // GROUP, KERNEL_SIZE, KERNEL_STRIDE)
+    last = interval_end(past + newest_row // GROUP, KERNEL_SIZE, KERNEL_STRIDE)
+    seen_by_all = interval_end(past + first_row // GROUP, KERNEL_SIZE, KERNEL_STRIDE)
     first = _start(seen_by_all, WINDOW)
     masked = first
     if WINDOW == 0:
@@ -272,6 +281,7 @@ def _interval_fwd_kernel(
     v_desc,
     cu_seqlens_ptr,
     key_bounds_ptr,
+    cu_seqlens_k_ptr,
     out_ptr,
     lse_ptr,
     num_sequences,
@@ -304,7 +314,8 @@ def _interval_fwd_kernel(
         return
     row = first_row + tl.arange(0, ROWS)
     mask = row < num_rows
-    end = interval_end(row // GROUP, KERNEL_SIZE, KERNEL_STRIDE)
+    past = past_of(sequence, token_start, cu_seqlens_ptr, cu_seqlens_k_ptr)
+    end = interval_end(past + row // GROUP, KERNEL_SIZE, KERNEL_STRIDE)
     start = _start(end, WINDOW)
     token = (token_start + row // GROUP).to(tl.int64)
     q_head = head * GROUP + row % GROUP
@@ -315,7 +326,7 @@ def _interval_fwd_kernel(
     largest = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, padded_dim(DIM_V)], tl.float32)
-    first, masked, last = _key_range(first_row, num_rows, GROUP, KERNEL_SIZE, KERNEL_STRIDE, WINDOW, ROWS, KEYS)
+    first, masked, last = _key_range(first_row, num_rows, past, GROUP, KERNEL_SIZE, KERNEL_STRIDE, WINDOW, ROWS, KEYS)
     if WINDOW == 0:
         for first_key in tl.range(first, masked, KEYS, num_stages=STAGES):
             out, total, largest = _softmax_step(
@@ -364,6 +375,7 @@ def _interval_dq_kernel(
     delta_ptr,
     cu_seqlens_ptr,
     key_bounds_ptr,
+    cu_seqlens_k_ptr,
     dq_ptr,
     num_sequences,
     scale,
@@ -397,7 +409,8 @@ def _interval_dq_kernel(
         return
     row = first_row + tl.arange(0, ROWS)
     mask = row < num_rows
-    end = interval_end(row // GROUP, KERNEL_SIZE, KERNEL_STRIDE)
+    past = past_of(sequence, token_start, cu_seqlens_ptr, cu_seqlens_k_ptr)
+    end = interval_end(past + row // GROUP, KERNEL_SIZE, KERNEL_STRIDE)
     start = _start(end, WINDOW)
     token = (token_start + row // GROUP).to(tl.int64)
     q_head = head * GROUP + row % GROUP
@@ -410,7 +423,7 @@ def _interval_dq_kernel(
     k_ptr += key_start.to(tl.int64) * STRIDE_K + head * DIM_K
     v_ptr += key_start.to(tl.int64) * STRIDE_V + head * DIM_V
     dq = tl.zeros([ROWS, padded_dim(DIM_K)], tl.float32)
-    first, masked, last = _key_range(first_row, num_rows, GROUP, KERNEL_SIZE, KERNEL_STRIDE, WINDOW, ROWS, KEYS)
+    first, masked, last = _key_range(first_row, num_rows, past, GROUP, KERNEL_SIZE, KERNEL_STRIDE, WINDOW, ROWS, KEYS)
     if WINDOW == 0:
         for first_key in tl.range(first, masked, KEYS, num_stages=STAGES):
             dq = _dq_step(
@@ -441,7 +454,7 @@ def _shift_and_delta(
 
 @triton.jit
 def _dkv_step(
-    k, v, q_ptr, d_out_ptr, shift, delta, first_row, rows_end, key, dk, dv, scale,
+    k, v, q_ptr, d_out_ptr, shift, delta, first_row, rows_end, past, key, dk, dv, scale,
     STRIDE_Q: tl.constexpr, STRIDE_DO: tl.constexpr, GROUP: tl.constexpr,
     DIM_K: tl.constexpr, DIM_V: tl.constexpr, KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr,
     WINDOW: tl.constexpr, ROWS: tl.constexpr, MASKED: tl.constexpr,
@@ -458,7 +471,7 @@ def _dkv_step(
     dp = tl.dot(v, tl.trans(do), input_precision="ieee")
     p = exp_below(products, scale, shift[None, :], EXACT)
     if MASKED:
-        end = interval_end(row // GROUP, KERNEL_SIZE, KERNEL_STRIDE)
+        end = interval_end(past + row // GROUP, KERNEL_SIZE, KERNEL_STRIDE)
         p = tl.where(_visible(key[:, None], _start(end, WINDOW)[None, :], end[None, :], WINDOW), p, 0.0)
     dv = tl.dot((p * lift(do.dtype)).to(do.dtype), do, dv, input_precision="ieee")
     ds = (p * (dp - delta[None, :])).to(q.dtype)
@@ -476,6 +489,7 @@ def _interval_dkv_kernel(
     delta_ptr,
     cu_seqlens_ptr,
     key_bounds_ptr,
+    cu_seqlens_k_ptr,
     dk_ptr,
     dv_ptr,
     num_sequences,
@@ -517,20 +531,25 @@ def _interval_dkv_kernel(
     v = load_rows(v_ptr, key_in_pack * STRIDE_V + head * DIM_V, mask_keys, DIM_V, padded_dim(DIM_V))  # [KEYS, DV]
     token_start = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
     length = tl.load(cu_seqlens_ptr + sequence + 1) - token_start.to(tl.int32)
+    past = past_of(sequence, token_start.to(tl.int32), cu_seqlens_ptr, cu_seqlens_k_ptr)
     last_key = tl.minimum(first_key + KEYS, keys_of_sequence) - 1
-    rows_start = _last_token(first_key, KERNEL_SIZE, KERNEL_STRIDE) * GROUP
+    rows_start = (_last_token(first_key, KERNEL_SIZE, KERNEL_STRIDE) - past) * GROUP
     tokens_end = length
     if WINDOW > 0:
         # The first query that does not see the last key any more is the first to see the one WINDOW keys later.
-        tokens_end = tl.minimum(length, _last_token(last_key + WINDOW, KERNEL_SIZE, KERNEL_STRIDE))
+        tokens_end = tl.minimum(length, _last_token(last_key + WINDOW, KERNEL_SIZE, KERNEL_STRIDE) - past)
     rows_end = tokens_end * GROUP
+    if cu_seqlens_k_ptr is not None:
+        # A key of the past is seen from the first query on, or by none: windows end, and a sequence may lack queries.
+        rows_start = tl.maximum(rows_start, 0)
+        rows_end = tl.maximum(rows_end, rows_start)
     steps = tl.cdiv(tl.cdiv(rows_end - rows_start, ROWS), tl.num_programs(2))
     rows_start += share * steps * ROWS
     rows_end = tl.minimum(rows_end, rows_start + steps * ROWS)
     # Rows from here on see all keys of the tile.
     unmasked = rows_end
     if WINDOW == 0:
-        see_all = _last_token(last_key, KERNEL_SIZE, KERNEL_STRIDE) * GROUP
+        see_all = (_last_token(last_key, KERNEL_SIZE, KERNEL_STRIDE) - past) * GROUP
         unmasked = tl.maximum(rows_start + tl.cdiv(tl.maximum(see_all - rows_start, 0), ROWS) * ROWS, rows_start)
         unmasked = tl.minimum(unmasked, rows_end)
     q_ptr += token_start * STRIDE_Q + head * (GROUP * DIM_K)
@@ -547,8 +566,8 @@ def _interval_dkv_kernel(
             shift_ptr, delta_ptr, first_row + ROWS, rows_end, NUM_HEADS, GROUP, ROWS
         )
         dk, dv = _dkv_step(
-            k, v, q_ptr, d_out_ptr, shift, delta, first_row, rows_end, key, dk, dv, scale, STRIDE_Q, STRIDE_DO, GROUP,
-            DIM_K, DIM_V, KERNEL_SIZE, KERNEL_STRIDE, WINDOW, ROWS, True,
+            k, v, q_ptr, d_out_ptr, shift, delta, first_row, rows_end, past, key, dk, dv, scale, STRIDE_Q, STRIDE_DO,
+            GROUP, DIM_K, DIM_V, KERNEL_SIZE, KERNEL_STRIDE, WINDOW, ROWS, True,
         )  # fmt: skip
     if WINDOW == 0:
         for first_row in tl.range(unmasked, rows_end, ROWS, num_stages=STAGES):
@@ -557,8 +576,8 @@ def _interval_dkv_kernel(
                 shift_ptr, delta_ptr, first_row + ROWS, rows_end, NUM_HEADS, GROUP, ROWS
             )
             dk, dv = _dkv_step(
-                k, v, q_ptr, d_out_ptr, shift, delta, first_row, rows_end, key, dk, dv, scale, STRIDE_Q, STRIDE_DO,
-                GROUP, DIM_K, DIM_V, KERNEL_SIZE, KERNEL_STRIDE, WINDOW, ROWS, False,
+                k, v, q_ptr, d_out_ptr, shift, delta, first_row, rows_end, past, key, dk, dv, scale, STRIDE_Q,
+                STRIDE_DO, GROUP, DIM_K, DIM_V, KERNEL_SIZE, KERNEL_STRIDE, WINDOW, ROWS, False,
             )  # fmt: skip
     at = (share.to(tl.int64) * num_keys + key_in_pack) * HEADS + head
     store_rows(dk_ptr, at * DIM_K, mask_keys, dk * scale, DIM_K, padded_dim(DIM_K))

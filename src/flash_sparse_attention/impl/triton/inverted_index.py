@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import pack_blocks, padded, sequence_of
+from .primitives import bounds_of_keys, keys_ahead, pack_blocks, padded, sequence_of
 
 # Counters of a selection: more runs make the writing of the pairs shorter, which one program does for each run.
 MAX_RUNS, MIN_RUNS, COUNTERS = 1024, 64, 1 << 23
@@ -48,7 +48,7 @@ class Chunks:
 
     Attributes:
         total_tokens, num_kv_heads, slots: of the selection, `[N, Hk, T]`.
-        num_blocks: block ids of the pack; see `primitives.sequence_of`.
+        num_blocks: block ids of the pack of keys; see `primitives.sequence_of`.
         heads: kv heads of a chunk, divides `num_kv_heads`.
         runs, tokens_per_run: runs of a chunk, and tokens of a run.
         token_chunks: chunks along the tokens.
@@ -65,11 +65,20 @@ class Chunks:
 
     @classmethod
     def fit(
-        cls, block_indices: Tensor, num_sequences: int, block_size: int, bytes_per_pair: int, workspace_bytes: int
+        cls,
+        block_indices: Tensor,
+        total_keys: int,
+        num_sequences: int,
+        block_size: int,
+        bytes_per_pair: int,
+        workspace_bytes: int,
     ) -> Chunks:
-        """The largest chunks whose partial results, `bytes_per_pair` for each slot, fit the workspace."""
+        """The largest chunks whose partial results, `bytes_per_pair` for each slot, fit the workspace.
+
+        `total_keys` are the tokens that have keys, those of the selection or more.
+        """
         total_tokens, num_kv_heads, slots = block_indices.shape
-        num_blocks = pack_blocks(total_tokens, num_sequences, block_size)
+        num_blocks = pack_blocks(total_keys, num_sequences, block_size)
         fitting = max(1, workspace_bytes // (bytes_per_pair * slots))  # (token, kv head) pairs
         divisors = (h for h in range(1, num_kv_heads + 1) if num_kv_heads % h == 0 and h * total_tokens <= fitting)
         heads = max(divisors, default=1)
@@ -182,28 +191,37 @@ class Segments:
     segment_pairs: int
 
 
-def mark_valid(block_indices: Tensor, cu_seqlens: Tensor, block_size: int) -> Tensor:
-    """0 for the entries of a selection that count and -1 for the others, int32 `[N, Hk, T]`."""
+def mark_valid(
+    block_indices: Tensor, cu_seqlens: Tensor, block_size: int, cu_seqlens_k: Tensor | None = None
+) -> Tensor:
+    """0 for the entries of a selection that count and -1 for the others, int32 `[N, Hk, T]`; see `build_index`."""
     place = torch.empty(block_indices.shape, dtype=torch.int32, device=block_indices.device)
-    _count_pairs(block_indices, cu_seqlens, block_size, place, None, 0, 1, 1)
+    _count_pairs(block_indices, cu_seqlens, cu_seqlens_k, block_size, place, None, 0, 1, 1)
     return place
 
 
-def build_index(block_indices: Tensor, cu_seqlens: Tensor, block_size: int, chunks: Chunks) -> InvertedIndex:
-    """The inverted index of a selection int32 `[N, Hk, T]` of any content."""
+def build_index(
+    block_indices: Tensor, cu_seqlens: Tensor, block_size: int, chunks: Chunks, cu_seqlens_k: Tensor | None = None
+) -> InvertedIndex:
+    """The inverted index of a selection int32 `[N, Hk, T]` of any content.
+
+    `cu_seqlens` bounds the queries, and `cu_seqlens_k` the tokens, of which the last ones of a sequence have queries;
+    None where all have.
+    """
     total_tokens, num_kv_heads, slots = block_indices.shape
     new: dict[str, Any] = {"dtype": torch.int32, "device": block_indices.device}
     place = torch.empty(block_indices.shape, **new)
     counts = torch.zeros(chunks.counters, **new)
     _count_pairs(
-        block_indices, cu_seqlens, block_size, place, counts, chunks.num_blocks, chunks.tokens_per_run, chunks.runs
-    )
+        block_indices, cu_seqlens, cu_seqlens_k, block_size, place, counts,
+        chunks.num_blocks, chunks.tokens_per_run, chunks.runs,
+    )  # fmt: skip
     # Exclusive sums: where each run of a bucket begins. The next kernel moves every one to its end.
     run_ends = torch.cumsum(counts, 0, dtype=torch.int32).sub_(counts)
     # Zeros, so that an index that is saved has nothing undefined in it.
     pairs = torch.zeros(block_indices.numel(), **new)
     _scatter_pairs_kernel[(triton.cdiv(total_tokens, chunks.tokens_per_run), num_kv_heads)](
-        block_indices, cu_seqlens, place, run_ends, pairs,
+        block_indices, cu_seqlens, cu_seqlens_k, place, run_ends, pairs,
         total_tokens, cu_seqlens.numel() - 1, chunks.num_blocks, chunks.tokens_per_run, chunks.runs,
         num_kv_heads, slots, padded(slots, 1), block_size, tokens_per_step(slots), num_warps=1,
     )  # fmt: skip
@@ -213,6 +231,7 @@ def build_index(block_indices: Tensor, cu_seqlens: Tensor, block_size: int, chun
 def _count_pairs(
     block_indices: Tensor,
     cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
     block_size: int,
     place: Tensor,
     counts: Tensor | None,
@@ -223,7 +242,7 @@ def _count_pairs(
     total_tokens, num_kv_heads, slots = block_indices.shape
     tokens = max(1, COUNT_ENTRIES // padded(slots, 1))
     _count_pairs_kernel[(triton.cdiv(total_tokens, tokens), num_kv_heads)](
-        block_indices, cu_seqlens, place, place if counts is None else counts,
+        block_indices, cu_seqlens, cu_seqlens_k, place, place if counts is None else counts,
         total_tokens, cu_seqlens.numel() - 1, num_blocks, tokens_per_run, runs,
         num_kv_heads, slots, padded(slots, 1), block_size, counts is not None, tokens,
     )  # fmt: skip
@@ -231,14 +250,15 @@ def _count_pairs(
 
 @triton.jit
 def _bucket_runs(
-    block, token, head, cu_seqlens_ptr, num_sequences, num_blocks, tokens_per_run, runs,
+    block, token, head, cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, num_blocks, tokens_per_run, runs,
     HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     """Counter of each entry, (chunk of tokens, bucket, run), and whether its block exists and is not in the future."""
     sequence = sequence_of(token, cu_seqlens_ptr, num_sequences, 0)
-    start = tl.load(cu_seqlens_ptr + sequence)
+    start = tl.load(bounds_of_keys(cu_seqlens_ptr, cu_seqlens_k_ptr) + sequence)
+    ahead = keys_ahead(sequence, cu_seqlens_ptr, cu_seqlens_k_ptr)
     # geometry.num_eligible_blocks
-    eligible = (block >= 0) & (block <= (token - start) // BLOCK_SIZE)
+    eligible = (block >= 0) & (block <= (token + ahead - start) // BLOCK_SIZE)
     run = token // tokens_per_run
     bucket = run // runs * (HEADS * num_blocks) + head * num_blocks + start // BLOCK_SIZE + sequence + block
     return bucket.to(tl.int64) * runs + run % runs, eligible
@@ -248,6 +268,7 @@ def _bucket_runs(
 def _count_pairs_kernel(
     block_indices_ptr,
     cu_seqlens_ptr,
+    cu_seqlens_k_ptr,
     place_ptr,
     count_ptr,
     total_tokens,
@@ -277,8 +298,9 @@ def _count_pairs_kernel(
     block = tl.load(block_indices_ptr + row[:, None] + slot, mask=mask, other=-1)  # [TOKENS, SLOTS]
     token = tl.minimum(token, total_tokens - 1)[:, None]
     at, valid = _bucket_runs(
-        block, token, head, cu_seqlens_ptr, num_sequences, num_blocks, tokens_per_run, runs, HEADS, BLOCK_SIZE
-    )
+        block, token, head,
+        cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, num_blocks, tokens_per_run, runs, HEADS, BLOCK_SIZE,
+    )  # fmt: skip
     for i in range(SLOTS - 1):
         other = tl.load(block_indices_ptr + row + i, mask=mask_tokens, other=-1)[:, None]
         valid = valid & ((block != other) | (slot <= i))
@@ -305,6 +327,7 @@ def _entries(
 def _scatter_pairs_kernel(
     block_indices_ptr,
     cu_seqlens_ptr,
+    cu_seqlens_k_ptr,
     place_ptr,
     run_end_ptr,
     pairs_ptr,
@@ -343,7 +366,7 @@ def _scatter_pairs_kernel(
         token = first + entry // SLOTS_PADDED
         counter, _ = _bucket_runs(
             block, tl.minimum(token, total_tokens - 1), head,
-            cu_seqlens_ptr, num_sequences, num_blocks, tokens_per_run, runs, HEADS, BLOCK_SIZE,
+            cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, num_blocks, tokens_per_run, runs, HEADS, BLOCK_SIZE,
         )  # fmt: skip
         before = tl.load(run_end_ptr + counter, mask=valid, other=0)
         # Entries of this step that share a counter: those before (low half) and behind (high half) each of them.

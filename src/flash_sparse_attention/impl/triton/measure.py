@@ -229,7 +229,7 @@ class Problem:
             block_indices,
             layout.cu_seqlens,
             shape.block_size,
-            chunks_of(shape, block_indices, layout.cu_seqlens, WORKSPACE_MIB),
+            chunks_of(shape, block_indices, shape.total_tokens, layout.cu_seqlens, WORKSPACE_MIB),
         )
         problem = cls(shape, layout, q, k, v, d_out, block_indices, index, d_out, d_out, d_out)
         out, problem.lse = problem.kv_outer_forward(built_in_tiles(shape).kv_outer_forward)

@@ -95,13 +95,42 @@ def sequence_of(x, cu_seqlens_ptr, num_sequences, BLOCK_SIZE: tl.constexpr, SCAL
 
 
 @triton.jit
+def keys_ahead(sequence, cu_seqlens_ptr, cu_seqlens_k_ptr):
+    """How much further the key of a token stands in the pack of keys than its query does in that of queries.
+
+    `cu_seqlens_k_ptr` bounds the tokens that have keys, of which the last ones of a sequence have queries; None stands
+    for one pack of both. Worked example, bounds of queries 0, 2, 3 and of keys 0, 5, 7: of the first sequence the
+    queries 0 and 1 are the tokens 3 and 4, which is 3 ahead; of the second the query 2 is the token 6, 4 ahead.
+    """
+    ahead = sequence * 0
+    if cu_seqlens_k_ptr is not None:
+        ahead = tl.load(cu_seqlens_k_ptr + sequence + 1) - tl.load(cu_seqlens_ptr + sequence + 1)
+    return ahead
+
+
+@triton.jit
+def bounds_of_keys(cu_seqlens_ptr, cu_seqlens_k_ptr):
+    """Bounds of the tokens that have keys; see `keys_ahead`."""
+    return cu_seqlens_ptr if cu_seqlens_k_ptr is None else cu_seqlens_k_ptr
+
+
+@triton.jit
+def past_of(sequence, start, cu_seqlens_ptr, cu_seqlens_k_ptr):
+    """Tokens of a sequence before the first that has a query, which stands at `start` in the pack of queries."""
+    past = sequence * 0
+    if cu_seqlens_k_ptr is not None:
+        past = start + keys_ahead(sequence, cu_seqlens_ptr, cu_seqlens_k_ptr) - tl.load(cu_seqlens_k_ptr + sequence)
+    return past
+
+
+@triton.jit
 def block_bounds(block, cu_seqlens_ptr, num_sequences, BLOCK_SIZE: tl.constexpr):
-    """First token of a block of the pack, and one past the last token of its sequence."""
+    """First token of a block of the pack, one past the last token of its sequence, and the sequence."""
     sequence = sequence_of(block, cu_seqlens_ptr, num_sequences, BLOCK_SIZE)
     start = tl.load(cu_seqlens_ptr + sequence)
     end = tl.load(cu_seqlens_ptr + sequence + 1)
     # geometry.first_token_of_block, in the pack
-    return start + (block - start // BLOCK_SIZE - sequence) * BLOCK_SIZE, end
+    return start + (block - start // BLOCK_SIZE - sequence) * BLOCK_SIZE, end, sequence
 
 
 @triton.jit

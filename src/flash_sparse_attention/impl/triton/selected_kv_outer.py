@@ -24,8 +24,10 @@ from .primitives import (
     LN_2,
     LOG2_E,
     block_bounds,
+    bounds_of_keys,
     exp_below,
     exp_shifted,
+    keys_ahead,
     lift,
     load_rows,
     padded_dim,
@@ -44,8 +46,9 @@ def launch_selected_fwd_kv_outer(
     block_size: int,
     softmax_scale: float,
     tiles: KvOuterTiles,
+    cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out `[N, Hq, Dv]` and lse `[N, Hq]` (natural logarithm, float32)."""
+    """out `[N, Hq, Dv]` and lse `[N, Hq]` (natural logarithm, float32). Bounds are as for `build_index`."""
     (total_tokens, num_heads, dim_k), (_, num_kv_heads, dim_v) = q.shape, v.shape
     group, chunks = num_heads // num_kv_heads, index.chunks
     out = q.new_empty(total_tokens, num_heads, dim_v)
@@ -56,7 +59,7 @@ def launch_selected_fwd_kv_outer(
     partial_lse = lse.new_empty(chunks.pairs * group)
     for number, first_head, first_token, tokens in chunks:
         _selected_fwd_kv_outer_kernel[(segments.most_of_chunk,)](
-            q, k, v, partial, partial_lse, index.pairs, segments.table, segments.ends, cu_seqlens,
+            q, k, v, partial, partial_lse, index.pairs, segments.table, segments.ends, cu_seqlens, cu_seqlens_k,
             cu_seqlens.numel() - 1, chunks.num_blocks, number * chunks.buckets, chunks.buckets,
             softmax_scale, q.stride(0), k.stride(0), v.stride(0), group, dim_k, dim_v, block_size,
             tiles.rows, tiles.keys, tiles.stages,
@@ -113,9 +116,20 @@ def _gather(
 
 
 @triton.jit
-def _first_viewer(key, key_end):
-    """The first token of the sequence's own that sees each key of a tile; none sees those that are not of the block."""
-    return tl.where(key < key_end, key, 2147483647)
+def _keys_of_bucket(block, cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, BLOCK_SIZE: tl.constexpr):
+    """First key of a block of the pack, one past its last, and how far keys are ahead of queries; see `keys_ahead`."""
+    bounds_ptr = bounds_of_keys(cu_seqlens_ptr, cu_seqlens_k_ptr)
+    start, end, sequence = block_bounds(block, bounds_ptr, num_sequences, BLOCK_SIZE)
+    return start, tl.minimum(end, start + BLOCK_SIZE), keys_ahead(sequence, cu_seqlens_ptr, cu_seqlens_k_ptr)
+
+
+@triton.jit
+def _first_viewer(key, key_end, ahead):
+    """The first query of the sequence's own that sees each key of a tile; none sees those that are not of the block.
+
+    One before the first query of the sequence stands for all of them. `ahead` is that of `keys_ahead`.
+    """
+    return tl.where(key < key_end, key - ahead, 2147483647)
 
 
 @triton.jit
@@ -139,6 +153,7 @@ def _selected_fwd_kv_outer_kernel(
     segments_ptr,
     segment_ends_ptr,
     cu_seqlens_ptr,
+    cu_seqlens_k_ptr,
     num_sequences,
     num_blocks,
     first_flat,
@@ -168,15 +183,16 @@ def _selected_fwd_kv_outer_kernel(
     if pairs == 0:
         return
     head = bucket // num_blocks
-    key_start, key_end = block_bounds(bucket % num_blocks, cu_seqlens_ptr, num_sequences, BLOCK_SIZE)
-    key_end = tl.minimum(key_end, key_start + BLOCK_SIZE)
+    key_start, key_end, ahead = _keys_of_bucket(
+        bucket % num_blocks, cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, BLOCK_SIZE
+    )
     key = key_start + tl.arange(0, KEYS)
     k_rows = key.to(tl.int64) * STRIDE_K + head * DIM_K
     v_rows = key.to(tl.int64) * STRIDE_V + head * DIM_V
     k = load_rows(k_ptr, k_rows, key < key_end, DIM_K, PADDED_K)  # [KEYS, DK]
     v = load_rows(v_ptr, v_rows, key < key_end, DIM_V, PADDED_V)  # [KEYS, DV]
     num_rows = pairs * GROUP
-    first_viewer = _first_viewer(key, key_end)
+    first_viewer = _first_viewer(key, key_end, ahead)
     q_head_ptr = q_ptr + head * (GROUP * DIM_K)
     partial_ptr += in_chunk.to(tl.int64) * (GROUP * DIM_V)
     partial_lse_ptr += in_chunk.to(tl.int64) * GROUP
@@ -199,7 +215,7 @@ def _selected_fwd_kv_outer_kernel(
                 k_more = load_rows(k_ptr, k_rows + first_key * STRIDE_K, more < key_end, DIM_K, PADDED_K)
                 v_more = load_rows(v_ptr, v_rows + first_key * STRIDE_V, more < key_end, DIM_V, PADDED_V)
                 scores = tl.dot(q, tl.trans(k_more), input_precision="ieee")
-                scores = _hide(scores, token, _first_viewer(more, key_end), -float("inf"))
+                scores = _hide(scores, token, _first_viewer(more, key_end, ahead), -float("inf"))
                 larger = tl.maximum(largest, tl.max(scores, 1) * scale)
                 p = exp_shifted(scores, scale, larger, EXACT)
                 shrink = tl.exp2((largest - larger) * LOG2_E)
@@ -229,10 +245,12 @@ def launch_selected_bwd_kv_outer(
     softmax_scale: float,
     tiles: KvOuterTiles,
     dq: Tensor | None,
+    cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of k and v, and of q into `dq` if there is one; `shift` and `delta` are those of `launch_shifts`.
 
-    Every sum runs in an order that the inverted index fixes, so results are bitwise equal from run to run.
+    Bounds are as for `build_index`. Every sum runs in an order that the inverted index fixes, so results are bitwise
+    equal from run to run.
     """
     (total_tokens, num_heads, dim_k), (_, num_kv_heads, dim_v) = q.shape, v.shape
     group, chunks, parts = num_heads // num_kv_heads, index.chunks, triton.cdiv(block_size, tiles.keys)
@@ -244,15 +262,16 @@ def launch_selected_bwd_kv_outer(
     dv_tiles = torch.empty(segments.most_tiles, parts * tiles.keys, dim_v, **wide)
     # Chunks of tokens add up in float32.
     many = chunks.token_chunks > 1
-    dk_sum = torch.empty((total_tokens, chunks.heads, dim_k) if many else (1,), **wide)
-    dv_sum = torch.empty((total_tokens, chunks.heads, dim_v) if many else (1,), **wide)
+    key_bounds = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
+    dk_sum = torch.empty((k.shape[0], chunks.heads, dim_k) if many else (1,), **wide)
+    dv_sum = torch.empty((k.shape[0], chunks.heads, dim_v) if many else (1,), **wide)
     for number, first_head, first_token, tokens in chunks:
         last = int(first_token + tokens == total_tokens)
         common = cu_seqlens.numel() - 1, chunks.num_blocks, number * chunks.buckets, chunks.buckets
         share = first_head, chunks.heads, int(first_token > 0), last
         _selected_bwd_kv_outer_kernel[(segments.most_of_chunk, parts)](
             q, k, v, d_out, shift, delta, partial, dk_tiles, dv_tiles, dk_sum, dv_sum, dk, dv,
-            index.pairs, segments.table, segments.ends, cu_seqlens, *common, *share, softmax_scale,
+            index.pairs, segments.table, segments.ends, cu_seqlens, cu_seqlens_k, *common, *share, softmax_scale,
             q.stride(0), k.stride(0), v.stride(0), d_out.stride(0), num_heads, group, dim_k, dim_v, block_size,
             dq is not None, tiles.rows, tiles.keys, tiles.stages, **launch_options(tiles),
         )  # fmt: skip
@@ -261,7 +280,7 @@ def launch_selected_bwd_kv_outer(
             (dv_tiles, dv_sum, dv, dim_v, 1.0),
         ):
             _sum_segments_kernel[(chunks.buckets, triton.cdiv(block_size, SUM_KEYS))](
-                tiles_f32, total, grad, segments.ends, cu_seqlens, *common, *share, segments.ends.shape[1], scale,
+                tiles_f32, total, grad, segments.ends, key_bounds, *common, *share, segments.ends.shape[1], scale,
                 num_kv_heads, dim, block_size, parts * tiles.keys, SUM_KEYS,
             )  # fmt: skip
         if dq is not None:
@@ -295,6 +314,7 @@ def _selected_bwd_kv_outer_kernel(
     segments_ptr,
     segment_ends_ptr,
     cu_seqlens_ptr,
+    cu_seqlens_k_ptr,
     num_sequences,
     num_blocks,
     first_flat,
@@ -335,8 +355,9 @@ def _selected_bwd_kv_outer_kernel(
     part = tl.program_id(1)
     parts = tl.num_programs(1)
     head = bucket // num_blocks
-    block_start, key_end = block_bounds(bucket % num_blocks, cu_seqlens_ptr, num_sequences, BLOCK_SIZE)
-    key_end = tl.minimum(key_end, block_start + BLOCK_SIZE)
+    block_start, key_end, ahead = _keys_of_bucket(
+        bucket % num_blocks, cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, BLOCK_SIZE
+    )
     key = block_start + part * KEYS + tl.arange(0, KEYS)
     mask_keys = key < key_end
     k = load_rows(k_ptr, key.to(tl.int64) * STRIDE_K + head * DIM_K, mask_keys, DIM_K, PADDED_K)  # [KEYS, DK]
@@ -344,7 +365,7 @@ def _selected_bwd_kv_outer_kernel(
     dk = tl.zeros([KEYS, PADDED_K], tl.float32)
     dv = tl.zeros([KEYS, PADDED_V], tl.float32)
     num_rows = pairs * GROUP
-    first_viewer = _first_viewer(key, key_end)
+    first_viewer = _first_viewer(key, key_end, ahead)
     q_head_ptr = q_ptr + head * (GROUP * DIM_K)
     do_head_ptr = d_out_ptr + head * (GROUP * DIM_V)
     partial_ptr += (in_chunk.to(tl.int64) * (GROUP * parts) + part) * DIM_K
@@ -407,7 +428,7 @@ def _sum_segments_kernel(
     sum_ptr,
     grad_ptr,
     segment_ends_ptr,
-    cu_seqlens_ptr,
+    key_bounds_ptr,
     num_sequences,
     num_blocks,
     first_flat,
@@ -437,7 +458,7 @@ def _sum_segments_kernel(
     segments -= tl.load(segment_ends_ptr + before, mask=before >= 0, other=0)
     if segments == 1:
         return
-    block_start, key_end = block_bounds(bucket % num_blocks, cu_seqlens_ptr, num_sequences, BLOCK_SIZE)
+    block_start, key_end, _ = block_bounds(bucket % num_blocks, key_bounds_ptr, num_sequences, BLOCK_SIZE)
     in_block = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
     key = block_start + in_block
     mask = (in_block < BLOCK_SIZE) & (key < key_end)

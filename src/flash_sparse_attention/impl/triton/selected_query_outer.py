@@ -17,8 +17,10 @@ from torch import Tensor
 from .primitives import (
     LN_2,
     LOG2_E,
+    bounds_of_keys,
     exp_below,
     exp_shifted,
+    keys_ahead,
     load_rows,
     padded,
     padded_dim,
@@ -39,15 +41,16 @@ def launch_selected_fwd_query_outer(
     block_size: int,
     softmax_scale: float,
     tiles: QueryOuterTiles,
+    cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out `[N, Hq, Dv]` and lse `[N, Hq]` (natural logarithm, float32)."""
+    """out `[N, Hq, Dv]` and lse `[N, Hq]` (natural logarithm, float32). Bounds are as for `build_index`."""
     (total_tokens, num_heads, dim_k), (_, num_kv_heads, dim_v) = q.shape, v.shape
     out = q.new_empty(total_tokens, num_heads, dim_v)
     lse = q.new_empty(total_tokens, num_heads, dtype=torch.float32)
     group = num_heads // num_kv_heads
     q, softmax_scale = positive_scale(q, softmax_scale)
     _selected_fwd_query_outer_kernel[(total_tokens, num_kv_heads)](
-        q, k, v, block_indices, place, cu_seqlens, out, lse,
+        q, k, v, block_indices, place, cu_seqlens, cu_seqlens_k, out, lse,
         cu_seqlens.numel() - 1, q.stride(0), k.stride(0), v.stride(0), softmax_scale,
         num_kv_heads, group, padded(group), block_indices.shape[2], dim_k, dim_v, block_size,
         tiles.keys, tiles.stages, num_warps=tiles.warps,
@@ -68,19 +71,28 @@ def launch_selected_dq_query_outer(
     block_size: int,
     softmax_scale: float,
     tiles: QueryOuterTiles,
+    cu_seqlens_k: Tensor | None = None,
 ) -> Tensor:
-    """The gradient of q; `shift` and `delta` are those of `launch_shifts`."""
+    """The gradient of q; `shift` and `delta` are those of `launch_shifts`. Bounds are as for `build_index`."""
     (total_tokens, num_heads, dim_k), (_, num_kv_heads, dim_v) = q.shape, v.shape
     dq = q.new_empty(q.shape)
     group = num_heads // num_kv_heads
     _selected_dq_query_outer_kernel[(total_tokens, num_kv_heads)](
-        q, k, v, d_out, shift, delta, block_indices, place, cu_seqlens, dq,
+        q, k, v, d_out, shift, delta, block_indices, place, cu_seqlens, cu_seqlens_k, dq,
         cu_seqlens.numel() - 1, q.stride(0), k.stride(0), v.stride(0), d_out.stride(0),
         softmax_scale,
         num_kv_heads, group, padded(group), block_indices.shape[2], dim_k, dim_v, block_size,
         tiles.keys, tiles.stages, num_warps=tiles.warps,
     )  # fmt: skip
     return dq
+
+
+@triton.jit
+def _key_bounds(token, cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences):
+    """First key of the sequence of a token in the pack, and one past that of the token itself."""
+    sequence = sequence_of(token, cu_seqlens_ptr, num_sequences, 0)
+    start = tl.load(bounds_of_keys(cu_seqlens_ptr, cu_seqlens_k_ptr) + sequence)
+    return start, token + keys_ahead(sequence, cu_seqlens_ptr, cu_seqlens_k_ptr) + 1
 
 
 @triton.jit
@@ -105,6 +117,7 @@ def _selected_fwd_query_outer_kernel(
     block_indices_ptr,
     place_ptr,
     cu_seqlens_ptr,
+    cu_seqlens_k_ptr,
     out_ptr,
     lse_ptr,
     num_sequences,
@@ -134,7 +147,7 @@ def _selected_fwd_query_outer_kernel(
     PARTS: tl.constexpr = (BLOCK_SIZE + KEYS - 1) // KEYS
     token = tl.program_id(0)
     head = tl.program_id(1)
-    start = tl.load(cu_seqlens_ptr + sequence_of(token, cu_seqlens_ptr, num_sequences, 0))
+    start, end = _key_bounds(token, cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences)
     g = tl.arange(0, GROUP_PADDED)
     mask = g < GROUP
     q_rows = token.to(tl.int64) * stride_q + (head * GROUP + g) * DIM_K
@@ -145,7 +158,7 @@ def _selected_fwd_query_outer_kernel(
     out = tl.zeros([GROUP_PADDED, PADDED_V], tl.float32)
     for i in tl.range(0, SLOTS * PARTS, num_stages=STAGES):
         key, mask_keys = _block_keys(
-            i, block_indices_ptr + at * SLOTS, place_ptr + at * SLOTS, start, token + 1, BLOCK_SIZE, KEYS
+            i, block_indices_ptr + at * SLOTS, place_ptr + at * SLOTS, start, end, BLOCK_SIZE, KEYS
         )
         k = load_rows(k_ptr, key.to(tl.int64) * stride_k + head * DIM_K, mask_keys, DIM_K, PADDED_K)  # [KEYS, DK]
         v = load_rows(v_ptr, key.to(tl.int64) * stride_v + head * DIM_V, mask_keys, DIM_V, PADDED_V)  # [KEYS, DV]
@@ -176,6 +189,7 @@ def _selected_dq_query_outer_kernel(
     block_indices_ptr,
     place_ptr,
     cu_seqlens_ptr,
+    cu_seqlens_k_ptr,
     dq_ptr,
     num_sequences,
     stride_q,
@@ -205,7 +219,7 @@ def _selected_dq_query_outer_kernel(
     PARTS: tl.constexpr = (BLOCK_SIZE + KEYS - 1) // KEYS
     token = tl.program_id(0)
     head = tl.program_id(1)
-    start = tl.load(cu_seqlens_ptr + sequence_of(token, cu_seqlens_ptr, num_sequences, 0))
+    start, end = _key_bounds(token, cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences)
     g = tl.arange(0, GROUP_PADDED)
     mask = g < GROUP
     q_rows = token.to(tl.int64) * stride_q + (head * GROUP + g) * DIM_K
@@ -219,7 +233,7 @@ def _selected_dq_query_outer_kernel(
     dq = tl.zeros([GROUP_PADDED, PADDED_K], tl.float32)
     for i in tl.range(0, SLOTS * PARTS, num_stages=STAGES):
         key, mask_keys = _block_keys(
-            i, block_indices_ptr + at * SLOTS, place_ptr + at * SLOTS, start, token + 1, BLOCK_SIZE, KEYS
+            i, block_indices_ptr + at * SLOTS, place_ptr + at * SLOTS, start, end, BLOCK_SIZE, KEYS
         )
         k = load_rows(k_ptr, key.to(tl.int64) * stride_k + head * DIM_K, mask_keys, DIM_K, PADDED_K)  # [KEYS, DK]
         v = load_rows(v_ptr, key.to(tl.int64) * stride_v + head * DIM_V, mask_keys, DIM_V, PADDED_V)  # [KEYS, DV]

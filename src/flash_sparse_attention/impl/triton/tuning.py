@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...config import NSAConfig
 from ...validation import bad, check_positive
 from .primitives import padded
 
@@ -126,7 +127,138 @@ class ScoreTiles:
     resident: int
 
 
-def launch_options(tiles: KvOuterTiles | IntervalTiles) -> dict[str, int]:
+# Programs that the work of a few new tokens is cut into at most: 3 on each of the 132 multiprocessors of an H200, which
+# is what fits there at a time. Not measured yet, nor are the tiles below.
+DECODE_PROGRAMS = 396
+# Compressed keys of a share at least: fewer cost more to merge than they save.
+LEAST_SHARE = 128
+# Shares of the compressed keys, and of the blocks and the window, at most: all are merged by one program a row.
+MOST_COMPRESSED_SHARES, MOST_TOKEN_SHARES = 64, 64
+# Of the selection: chunks of a tile, about 8 scores of each head a thread; and blocks that are ranked at once.
+SELECT_CHUNKS, SELECT_COLUMNS = 2048, 1024
+
+
+@dataclass(frozen=True)
+class DecodeTiles:
+    """Tile sizes of the decoding kernels, and into how many shares they cut their work.
+
+    Attributes:
+        rows: (token, head) rows of a tile at most.
+        compressed_keys: compressed tokens of a tile that lies in one page; shares are multiples of it.
+        scattered_keys, scattered_stages: of tiles of several pages, whose keys are looked up one by one.
+        keys: tokens of a block that are held at once.
+        least_keys: compressed tokens of a share at least.
+        compressed_splits, selected_splits, window_splits: shares of each branch at most.
+        warps, stages: of the kernels that read the cache.
+        blocks: of a tile of block importances.
+        columns: blocks that are ranked at once.
+        select_warps, merge_warps: of the kernels between and after.
+        registers: of a thread of the kernels that read the cache at most, or None.
+    """
+
+    rows: int
+    compressed_keys: int
+    scattered_keys: int
+    scattered_stages: int
+    keys: int
+    least_keys: int
+    compressed_splits: int
+    selected_splits: int
+    window_splits: int
+    warps: int
+    stages: int
+    blocks: int
+    columns: int
+    select_warps: int
+    merge_warps: int
+    registers: int | None
+
+    @property
+    def parts(self) -> int:
+        """Partial outputs of a row at most."""
+        return self.compressed_splits + self.selected_splits + self.window_splits
+
+    @classmethod
+    def of(
+        cls,
+        batch: int,
+        tokens: int,
+        num_kv_heads: int,
+        group: int,
+        dims: tuple[int, int],
+        dtype: torch.dtype,
+        chunks: int,
+        config: NSAConfig,
+        capability: int | None = None,
+    ) -> DecodeTiles:
+        """The tiles for a call.
+
+        Args:
+            batch, tokens: sequences, and new tokens of each.
+            num_kv_heads, group, dims, dtype: heads, query heads of each, Dk and Dv, and of what type.
+            chunks: that a sequence may have.
+            config: the sizes.
+            capability: of the device, 90 for sm_90; that of the current one by default.
+        """
+        capability = capability or device_capability()
+        return _decode_tiles(batch, tokens, num_kv_heads, group, dims, dtype, chunks, config, capability)
+
+
+@lru_cache(maxsize=1024)
+def _decode_tiles(
+    batch: int,
+    tokens: int,
+    num_kv_heads: int,
+    group: int,
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    chunks: int,
+    config: NSAConfig,
+    capability: int,
+) -> DecodeTiles:
+    """See `DecodeTiles.of`."""
+    dim = padded(max(dims))
+    rows, keys, stages = 32, 64, 3
+    if dtype == torch.float32:
+        rows, keys, stages = 16, 16 if dim > 64 else 32, 1
+    elif dim > 128 or capability not in (80, *DATA_CENTRE):
+        # What fits in registers and shared memory.
+        keys = 32
+    rows = min(rows, padded(tokens * group))
+    programs = batch * num_kv_heads * -(-tokens * group // rows)
+    compressed = max(1, min(DECODE_PROGRAMS // programs, -(-chunks // LEAST_SHARE), MOST_COMPRESSED_SHARES))
+    # The smallest share of tiles of keys that makes no more programs than wanted.
+    in_block = min(keys, padded(config.block_size))
+    parts = -(-config.block_size // in_block)
+    selected = config.num_selected_blocks * parts
+    window = (-(-(config.window_size - 1) // config.block_size) + 1) * parts
+    programs = batch * num_kv_heads * tokens * -(-group // rows)
+    most = max(2, min(DECODE_PROGRAMS // programs, MOST_TOKEN_SHARES))
+    share = next(s for s in range(1, selected + window) if -(-selected // s) - (-window // s) <= most)
+    selected_splits, window_splits = -(-selected // share), -(-window // share)
+    held = padded(compressed + selected_splits + window_splits) * padded(dims[1])
+    blocks = max(16, SELECT_CHUNKS // padded(config.block_size // config.kernel_stride, 1))
+    return DecodeTiles(
+        rows=rows,
+        compressed_keys=keys,
+        scattered_keys=min(keys, 32),
+        scattered_stages=stages + 2,
+        keys=in_block,
+        least_keys=LEAST_SHARE,
+        compressed_splits=compressed,
+        selected_splits=selected_splits,
+        window_splits=window_splits,
+        warps=4,
+        stages=stages,
+        blocks=blocks,
+        columns=SELECT_COLUMNS,
+        select_warps=8,
+        merge_warps=max(1, min(held // 2048, 16)),
+        registers=168 if keys == 64 and rows == 16 else None,
+    )
+
+
+def launch_options(tiles: KvOuterTiles | IntervalTiles | DecodeTiles) -> dict[str, int]:
     """Warps, and the bound of registers where there is one and the device knows such a bound."""
     options = {"num_warps": tiles.warps}
     if tiles.registers is not None and torch.version.hip is None:

@@ -25,7 +25,7 @@ from ..delta import launch_gated_shifts
 from ..interval import IntervalSizes, launch_interval_dkv, launch_interval_dq, launch_interval_fwd
 from ..primitives import dense_rows, on_its_device
 from ..tuning import interval_schedule, score_tiles
-from .interval import key_bounds
+from .interval import key_bounds, query_and_key_bounds
 from .selected import MAX_PAIRS, attend_selected, differentiate_selected, kept_index, nothing
 
 
@@ -33,7 +33,7 @@ class Sizes(NamedTuple):
     """The numbers of a call, as the custom operators take them.
 
     Attributes:
-        max_length: tokens of the longest sequence.
+        max_length: tokens of the longest sequence, those without queries included.
         kernel_size, ..., window_size: as in `NSAConfig`.
         softmax_scale, loop_order, workspace_mib: as in `nsa_attention`.
         recompute: names of what is computed again, with a comma between them.
@@ -92,9 +92,9 @@ def nsa_attention(
 
     Args:
         q: `[N, Hq, Dk]`; k, k_window: `[N, Hk, Dk]`; v, v_window: `[N, Hk, Dv]`; k_compressed: `[M, Hk, Dk]`;
-            v_compressed: `[M, Hk, Dv]`; gates: `[N, Hq, 3]` or `[N, 1, 3]`.
+            v_compressed: `[M, Hk, Dv]`; gates: `[N, Hq, 3]` or `[N, 1, 3]`. Keys may be of more tokens than q.
         config: the sizes.
-        layout: of the N tokens.
+        layout: of the N queries, the last tokens of their sequences.
         softmax_scale: factor of the scores.
         loop_order, workspace_mib, recompute: see `functional.nsa_attention`.
 
@@ -106,7 +106,7 @@ def nsa_attention(
         entries = q.shape[0] * k.shape[1] * slots
         raise bad("q", f"with fewer than {MAX_PAIRS} entries of a selection N * Hk * T", entries, "split the pack")
     sizes = Sizes(
-        layout.max_length,
+        layout.keys.max_length,
         config.kernel_size,
         config.kernel_stride,
         config.block_size,
@@ -119,8 +119,8 @@ def nsa_attention(
         workspace_mib,
         ",".join(recompute),
     )
-    tensors = q, k, v, k_compressed, v_compressed, k_window, v_window, gates, layout.cu_seqlens
-    out, block_indices, *_ = _nsa_attention(*tensors, *sizes)
+    tensors = q, k, v, k_compressed, v_compressed, k_window, v_window, gates
+    out, block_indices, *_ = _nsa_attention(*tensors, *query_and_key_bounds(layout), *sizes)
     return NSAOutput(out, block_indices)
 
 
@@ -136,6 +136,7 @@ def _nsa_attention(
     v_window: Tensor,
     gates: Tensor,
     cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
     max_length: int,
     kernel_size: int,
     kernel_stride: int,
@@ -151,7 +152,7 @@ def _nsa_attention(
 ) -> list[Tensor]:
     """out, block_indices; out and lse of the compressed, the selected and the window branch; the inverted index.
 
-    Outputs and index that are not kept are empty.
+    Outputs and index that are not kept are empty. `cu_seqlens_k`: as `interval._interval_attention`.
     """
     sizes = Sizes(
         max_length, kernel_size, kernel_stride, block_size, num_selected_blocks, num_init_blocks, num_local_blocks,
@@ -162,16 +163,18 @@ def _nsa_attention(
     q, k, v, k_compressed, v_compressed, k_window, v_window = map(
         dense_rows, (q, k, v, k_compressed, v_compressed, k_window, v_window)
     )
-    bounds = cu_seqlens, key_bounds(cu_seqlens, kernel_size, kernel_stride)
-    out_compressed, lse_compressed = _attend_compressed(q, k_compressed, v_compressed, *bounds, sizes)
+    packs = cu_seqlens, cu_seqlens_k
+    compressed_bounds = key_bounds(*packs, kernel_size, kernel_stride)
+    out_compressed, lse_compressed = _attend_compressed(q, k_compressed, v_compressed, compressed_bounds, *packs, sizes)
     block_indices = launch_select_blocks(
-        q, k_compressed, lse_compressed, *bounds, max_length, kernel_size, kernel_stride, block_size,
-        num_selected_blocks, num_init_blocks, num_local_blocks, softmax_scale, score_tiles(q.shape[2], q.dtype),
+        q, k_compressed, lse_compressed, cu_seqlens, compressed_bounds, max_length, kernel_size, kernel_stride,
+        block_size, num_selected_blocks, num_init_blocks, num_local_blocks, softmax_scale,
+        score_tiles(q.shape[2], q.dtype), cu_seqlens_k,
     )  # fmt: skip
     out_selected, lse_selected, *index = attend_selected(
-        q, k, v, block_indices, cu_seqlens, *sizes.selected, sizes.keeps("index")
+        q, k, v, block_indices, cu_seqlens, cu_seqlens_k, *sizes.selected, sizes.keeps("index")
     )
-    out_window, lse_window = _attend_window(q, k_window, v_window, cu_seqlens, sizes)
+    out_window, lse_window = _attend_window(q, k_window, v_window, *packs, sizes)
     out = launch_combine((out_compressed, out_selected, out_window), gates)
     branches = {
         "compressed": (out_compressed, lse_compressed),
@@ -197,6 +200,7 @@ def _nsa_attention_backward(
     v_window: Tensor,
     gates: Tensor,
     cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
     saved: list[Tensor],
     max_length: int,
     kernel_size: int,
@@ -220,44 +224,50 @@ def _nsa_attention_backward(
         window_size, softmax_scale, loop_order, workspace_mib, recompute,
     )  # fmt: skip
     d_out, q, k, v, k_compressed, v_compressed, k_window, v_window = map(dense_rows, (d_out, *given))
-    bounds = cu_seqlens, key_bounds(cu_seqlens, kernel_size, kernel_stride)
+    packs = cu_seqlens, cu_seqlens_k
+    compressed_bounds = key_bounds(*packs, kernel_size, kernel_stride)
     block_indices, out_compressed, lse_compressed, out_selected, lse_selected, out_window, lse_window, *index = saved
     if not sizes.keeps("compressed"):
-        out_compressed, _ = _attend_compressed(q, k_compressed, v_compressed, *bounds, sizes)
+        out_compressed, _ = _attend_compressed(q, k_compressed, v_compressed, compressed_bounds, *packs, sizes)
     place, pairs, run_ends = index
     if not sizes.keeps("selected"):
         out_selected, _, place, pairs, run_ends = attend_selected(
-            q, k, v, block_indices, cu_seqlens, *sizes.selected, True, (place, pairs, run_ends)
+            q, k, v, block_indices, cu_seqlens, cu_seqlens_k, *sizes.selected, True, (place, pairs, run_ends)
         )
     if not sizes.keeps("window"):
-        out_window, _ = _attend_window(q, k_window, v_window, cu_seqlens, sizes)
+        out_window, _ = _attend_window(q, k_window, v_window, *packs, sizes)
     outs, lses = (out_compressed, out_selected, out_window), (lse_compressed, lse_selected, lse_window)
     shift, delta, d_gates = launch_gated_shifts(d_out, outs, lses, gates)
     del outs, out_compressed, out_selected, out_window
     dq, dk, dv = differentiate_selected(
-        d_out, q, k, v, block_indices, cu_seqlens, shift[1], delta[1], place, pairs, run_ends, *sizes.selected
-    )
+        d_out, q, k, v, block_indices, cu_seqlens, cu_seqlens_k, shift[1], delta[1], place, pairs, run_ends,
+        *sizes.selected,
+    )  # fmt: skip
     schedule = interval_schedule(q.shape[2], v.shape[2], q.dtype, windowed=True)
-    window = d_out, q, k_window, v_window, shift[2], delta[2], cu_seqlens, cu_seqlens, sizes.window
-    launch_interval_dq(*window, schedule.dq, dq, add=True)
-    d_window = launch_interval_dkv(*window, schedule.dkv)
+    window = d_out, q, k_window, v_window, shift[2], delta[2], cu_seqlens, key_bounds(*packs, 1, 1), sizes.window
+    launch_interval_dq(*window, schedule.dq, dq, add=True, cu_seqlens_k=cu_seqlens_k)
+    d_window = launch_interval_dkv(*window, schedule.dkv, cu_seqlens_k)
     schedule = interval_schedule(q.shape[2], v.shape[2], q.dtype, windowed=False)
-    compressed = d_out, q, k_compressed, v_compressed, shift[0], delta[0], *bounds, sizes.compressed
-    launch_interval_dq(*compressed, schedule.dq, dq, add=True)
-    d_compressed = launch_interval_dkv(*compressed, schedule.dkv)
+    rest = shift[0], delta[0], cu_seqlens, compressed_bounds, sizes.compressed
+    compressed = d_out, q, k_compressed, v_compressed, *rest
+    launch_interval_dq(*compressed, schedule.dq, dq, add=True, cu_seqlens_k=cu_seqlens_k)
+    d_compressed = launch_interval_dkv(*compressed, schedule.dkv, cu_seqlens_k)
     return [dq, dk, dv, *d_compressed, *d_window, d_gates]
 
 
 def _attend_compressed(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, bounds: Tensor, sizes: Sizes
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, sizes: Sizes
 ) -> tuple[Tensor, Tensor]:
     tiles = interval_schedule(q.shape[2], v.shape[2], q.dtype, windowed=False).forward
-    return launch_interval_fwd(q, k, v, cu_seqlens, bounds, sizes.compressed, tiles)
+    return launch_interval_fwd(q, k, v, cu_seqlens, bounds, sizes.compressed, tiles, cu_seqlens_k)
 
 
-def _attend_window(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
+def _attend_window(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, sizes: Sizes
+) -> tuple[Tensor, Tensor]:
     tiles = interval_schedule(q.shape[2], v.shape[2], q.dtype, windowed=True).forward
-    return launch_interval_fwd(q, k, v, cu_seqlens, cu_seqlens, sizes.window, tiles)
+    bounds = key_bounds(cu_seqlens, cu_seqlens_k, 1, 1)
+    return launch_interval_fwd(q, k, v, cu_seqlens, bounds, sizes.window, tiles, cu_seqlens_k)
 
 
 def _empty_outputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sizes: Sizes) -> list[Tensor]:
@@ -276,8 +286,8 @@ def _empty_outputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sizes: S
 
 
 _nsa_attention.register_fake(
-    lambda q, k, v, k_compressed, v_compressed, k_window, v_window, gates, cu_seqlens, *sizes: _empty_outputs(
-        q, k, v, cu_seqlens, Sizes(*sizes)
+    lambda q, k, v, k_compressed, v_compressed, k_window, v_window, gates, cu_seqlens, cu_seqlens_k, *sizes: (
+        _empty_outputs(q, k, v, cu_seqlens, Sizes(*sizes))
     )
 )
 _nsa_attention_backward.register_fake(lambda d_out, *inputs: [x.new_empty(x.shape) for x in inputs[:8]])
@@ -286,14 +296,14 @@ _nsa_attention_backward.register_fake(lambda d_out, *inputs: [x.new_empty(x.shap
 def _save(ctx, inputs, output):
     # Only the first output is given away: zeros for the others would be as large as the branches.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:9], *output[1:])
-    ctx.sizes = inputs[9:]
+    ctx.save_for_backward(*inputs[:10], *output[1:])
+    ctx.sizes = inputs[10:]
 
 
 def _differentiate(ctx, grads):
-    inputs, saved = ctx.saved_tensors[:9], list(ctx.saved_tensors[9:])
+    inputs, saved = ctx.saved_tensors[:10], list(ctx.saved_tensors[10:])
     gradients = _nsa_attention_backward(grads[0], *inputs, saved, *ctx.sizes)
-    return (*gradients, None, *(None for _ in ctx.sizes))
+    return (*gradients, None, None, *(None for _ in ctx.sizes))
 
 
 _nsa_attention.register_autograd(_differentiate, setup_context=_save)

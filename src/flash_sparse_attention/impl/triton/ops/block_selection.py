@@ -9,7 +9,7 @@ from ....types import SequenceLayout
 from ..block_scores import launch_select_blocks
 from ..primitives import dense_rows, on_its_device
 from ..tuning import score_tiles
-from .interval import key_bounds
+from .interval import key_bounds, query_and_key_bounds
 
 
 def select_blocks(
@@ -27,8 +27,8 @@ def select_blocks(
 ) -> Tensor:
     """As `reference.select_blocks`, by Triton kernels: int32 `[N, Hk, T]`."""
     sizes = kernel_size, kernel_stride, block_size, num_selected_blocks, num_init_blocks, num_local_blocks
-    tensors = q.detach(), k_compressed.detach(), lse.detach(), layout.cu_seqlens
-    return _select_blocks(*tensors, layout.max_length, *sizes, softmax_scale)
+    tensors = q.detach(), k_compressed.detach(), lse.detach(), *query_and_key_bounds(layout)
+    return _select_blocks(*tensors, layout.keys.max_length, *sizes, softmax_scale)
 
 
 @torch.library.custom_op("flash_sparse_attention::select_blocks_triton", mutates_args=())
@@ -38,6 +38,7 @@ def _select_blocks(
     k: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
     max_length: int,
     kernel_size: int,
     kernel_stride: int,
@@ -47,14 +48,14 @@ def _select_blocks(
     num_local_blocks: int,
     softmax_scale: float,
 ) -> Tensor:
-    """`max_length`: tokens of the longest sequence."""
+    """`max_length`: tokens of the longest sequence. `cu_seqlens_k`: as `interval._interval_attention`."""
     if q.shape[0] == 0:
         return _empty_indices(q, k, num_selected_blocks)
     q, k, lse = dense_rows(q), dense_rows(k), lse.float().contiguous()
     return launch_select_blocks(
-        q, k, lse, cu_seqlens, key_bounds(cu_seqlens, kernel_size, kernel_stride), max_length, kernel_size,
-        kernel_stride, block_size, num_selected_blocks, num_init_blocks, num_local_blocks, softmax_scale,
-        score_tiles(q.shape[2], q.dtype),
+        q, k, lse, cu_seqlens, key_bounds(cu_seqlens, cu_seqlens_k, kernel_size, kernel_stride), max_length,
+        kernel_size, kernel_stride, block_size, num_selected_blocks, num_init_blocks, num_local_blocks, softmax_scale,
+        score_tiles(q.shape[2], q.dtype), cu_seqlens_k,
     )  # fmt: skip
 
 
@@ -64,7 +65,8 @@ def _empty_indices(q: Tensor, k: Tensor, num_selected_blocks: int) -> Tensor:
 
 @_select_blocks.register_fake
 def _(
-    q: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor, max_length: int, kernel_size: int, kernel_stride: int,
-    block_size: int, num_selected_blocks: int, num_init_blocks: int, num_local_blocks: int, softmax_scale: float,
+    q: Tensor, k: Tensor, lse: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, max_length: int,
+    kernel_size: int, kernel_stride: int, block_size: int, num_selected_blocks: int, num_init_blocks: int,
+    num_local_blocks: int, softmax_scale: float,
 ) -> Tensor:  # fmt: skip
     return _empty_indices(q, k, num_selected_blocks)

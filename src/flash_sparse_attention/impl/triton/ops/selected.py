@@ -14,6 +14,7 @@ from ..primitives import dense_rows, on_its_device
 from ..selected_kv_outer import launch_selected_bwd_kv_outer, launch_selected_fwd_kv_outer
 from ..selected_query_outer import launch_selected_dq_query_outer, launch_selected_fwd_query_outer
 from ..tuning import SelectedShape, loop_order_of, tiles_of
+from .interval import query_and_key_bounds
 
 MAX_PAIRS = 2**31
 PARTIAL_SHARE = 0.6  # of the workspace
@@ -34,9 +35,9 @@ def selected_attention(
     """As `reference.selected_attention`, by Triton kernels in either loop order.
 
     Args:
-        q: `[N, Hq, Dk]`; k: `[N, Hk, Dk]`; v: `[N, Hk, Dv]`; block_indices: int32 `[N, Hk, T]`.
+        q: `[N, Hq, Dk]`; k: `[M, Hk, Dk]`; v: `[M, Hk, Dv]`; block_indices: int32 `[N, Hk, T]`.
         block_size: tokens of a block.
-        layout: of the N tokens.
+        layout: of the N queries, the last tokens of their sequences.
         softmax_scale: factor of the scores.
         loop_order: `kv_outer`, `query_outer`, or `auto`, which takes what was measured to be faster.
         workspace_mib: bound of the partial results that the KV-outer order keeps at a time, MiB.
@@ -47,7 +48,7 @@ def selected_attention(
     """
     if block_indices.numel() >= MAX_PAIRS:
         raise bad("block_indices", f"of fewer than {MAX_PAIRS} entries", block_indices.numel(), "split the pack")
-    tensors = q, k, v, block_indices, layout.cu_seqlens
+    tensors = q, k, v, block_indices, *query_and_key_bounds(layout)
     out, lse, *_ = _selected_attention(*tensors, block_size, softmax_scale, loop_order, workspace_mib, save_index)
     return AttentionOutput(out, lse)
 
@@ -60,17 +61,21 @@ def _selected_attention(
     v: Tensor,
     block_indices: Tensor,
     cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
     block_size: int,
     softmax_scale: float,
     loop_order: str,
     workspace_mib: int,
     save_index: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out, lse, and the inverted index (place, pairs, run_ends) if it is kept, three empty tensors if not."""
+    """out, lse, and the inverted index (place, pairs, run_ends) if it is kept, three empty tensors if not.
+
+    `cu_seqlens_k`: as `interval._interval_attention`.
+    """
     if q.shape[0] == 0:
         return _empty_outputs(q, v, block_indices)
-    tensors = dense_rows(q), dense_rows(k), dense_rows(v), block_indices.contiguous()
-    return attend_selected(*tensors, cu_seqlens, block_size, softmax_scale, loop_order, workspace_mib, save_index)
+    tensors = dense_rows(q), dense_rows(k), dense_rows(v), block_indices.contiguous(), cu_seqlens, cu_seqlens_k
+    return attend_selected(*tensors, block_size, softmax_scale, loop_order, workspace_mib, save_index)
 
 
 def attend_selected(
@@ -79,6 +84,7 @@ def attend_selected(
     v: Tensor,
     block_indices: Tensor,
     cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
     block_size: int,
     softmax_scale: float,
     loop_order: str,
@@ -90,14 +96,14 @@ def attend_selected(
     shape = SelectedShape.of(q, k, v, block_indices, block_size)
     tiles = tiles_of(shape)
     if loop_order_of(shape, loop_order) == "query_outer":
-        place = mark_valid(block_indices, cu_seqlens, block_size)
+        place = mark_valid(block_indices, cu_seqlens, block_size, cu_seqlens_k)
         out, lse = launch_selected_fwd_query_outer(
-            q, k, v, block_indices, place, cu_seqlens, block_size, softmax_scale, tiles.query_outer
+            q, k, v, block_indices, place, cu_seqlens, block_size, softmax_scale, tiles.query_outer, cu_seqlens_k
         )
         return out, lse, *nothing(q)
-    index = _index(shape, block_indices, cu_seqlens, block_size, workspace_mib, saved)
+    index = _index(shape, block_indices, k.shape[0], cu_seqlens, cu_seqlens_k, block_size, workspace_mib, saved)
     out, lse = launch_selected_fwd_kv_outer(
-        q, k, v, index, cu_seqlens, block_size, softmax_scale, tiles.kv_outer_forward
+        q, k, v, index, cu_seqlens, block_size, softmax_scale, tiles.kv_outer_forward, cu_seqlens_k
     )
     if not save_index:
         return out, lse, *nothing(q)
@@ -114,6 +120,7 @@ def _selected_attention_backward(
     v: Tensor,
     block_indices: Tensor,
     cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
     out: Tensor,
     lse: Tensor,
     place: Tensor,
@@ -129,8 +136,10 @@ def _selected_attention_backward(
         return _empty_gradients(q, k, v)
     q, k, v, d_out = map(dense_rows, (q, k, v, d_out))
     shift, delta = launch_shifts(d_out, d_lse.contiguous(), out, lse)
-    tensors = d_out, q, k, v, block_indices.contiguous(), cu_seqlens, shift, delta, place, pairs, run_ends
-    return differentiate_selected(*tensors, block_size, softmax_scale, loop_order, workspace_mib)
+    tensors = d_out, q, k, v, block_indices.contiguous(), cu_seqlens, cu_seqlens_k, shift, delta
+    return differentiate_selected(
+        *tensors, place, pairs, run_ends, block_size, softmax_scale, loop_order, workspace_mib
+    )
 
 
 def differentiate_selected(
@@ -140,6 +149,7 @@ def differentiate_selected(
     v: Tensor,
     block_indices: Tensor,
     cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
     shift: Tensor,
     delta: Tensor,
     place: Tensor,
@@ -153,15 +163,16 @@ def differentiate_selected(
     """Gradients of q, k and v, whose rows are dense; `shift` and `delta` are those of `launch_shifts`."""
     shape = SelectedShape.of(q, k, v, block_indices, block_size)
     tiles = tiles_of(shape)
-    index = _index(shape, block_indices, cu_seqlens, block_size, workspace_mib, (place, pairs, run_ends))
+    saved = place, pairs, run_ends
+    index = _index(shape, block_indices, k.shape[0], cu_seqlens, cu_seqlens_k, block_size, workspace_mib, saved)
     sizes = cu_seqlens, block_size, softmax_scale
     given = d_out, q, k, v, shift, delta
     if loop_order_of(shape, loop_order) == "query_outer":
-        dq = launch_selected_dq_query_outer(*given, block_indices, index.place, *sizes, tiles.query_outer)
-        dk, dv = launch_selected_bwd_kv_outer(*given, index, *sizes, tiles.kv_outer_backward, None)
+        dq = launch_selected_dq_query_outer(*given, block_indices, index.place, *sizes, tiles.query_outer, cu_seqlens_k)
+        dk, dv = launch_selected_bwd_kv_outer(*given, index, *sizes, tiles.kv_outer_backward, None, cu_seqlens_k)
         return dq, dk, dv
     dq = q.new_empty(q.shape)
-    dk, dv = launch_selected_bwd_kv_outer(*given, index, *sizes, tiles.kv_outer_backward, dq)
+    dk, dv = launch_selected_bwd_kv_outer(*given, index, *sizes, tiles.kv_outer_backward, dq, cu_seqlens_k)
     return dq, dk, dv
 
 
@@ -179,34 +190,39 @@ def kept_index(
     shape = SelectedShape.of(q, k, v, block_indices, block_size)
     if loop_order_of(shape, loop_order) == "query_outer":
         return nothing(q)
-    chunks = chunks_of(shape, block_indices, cu_seqlens, workspace_mib)
+    chunks = chunks_of(shape, block_indices, k.shape[0], cu_seqlens, workspace_mib)
     place, pairs = block_indices.new_empty(block_indices.shape), block_indices.new_empty(block_indices.numel())
     return place, pairs, block_indices.new_empty(chunks.counters)
 
 
-def chunks_of(shape: SelectedShape, block_indices: Tensor, cu_seqlens: Tensor, workspace_mib: int) -> Chunks:
+def chunks_of(
+    shape: SelectedShape, block_indices: Tensor, total_keys: int, cu_seqlens: Tensor, workspace_mib: int
+) -> Chunks:
     """How both passes cut the work; the same, so that they can share an index."""
     parts = triton.cdiv(shape.block_size, tiles_of(shape).kv_outer_backward.keys)
     row_bytes = max(shape.dim_v * shape.dtype.itemsize + 4, shape.dim_k * shape.dtype.itemsize * parts)
     # The backward pass also keeps dK and dV of the segments, and their sums where tokens are cut.
     partial_bytes = int(PARTIAL_SHARE * (workspace_mib << 20))
     num_sequences = cu_seqlens.numel() - 1
-    return Chunks.fit(block_indices, num_sequences, shape.block_size, shape.group * row_bytes, partial_bytes)
+    sizes = shape.block_size, shape.group * row_bytes, partial_bytes
+    return Chunks.fit(block_indices, total_keys, num_sequences, *sizes)
 
 
 def _index(
     shape: SelectedShape,
     block_indices: Tensor,
+    total_keys: int,
     cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
     block_size: int,
     workspace_mib: int,
     saved: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> InvertedIndex:
     """The inverted index: the one that was saved, or built."""
-    chunks = chunks_of(shape, block_indices, cu_seqlens, workspace_mib)
+    chunks = chunks_of(shape, block_indices, total_keys, cu_seqlens, workspace_mib)
     if saved is not None and saved[0].numel() > 0:
         return InvertedIndex(chunks, *saved)
-    return build_index(block_indices, cu_seqlens, block_size, chunks)
+    return build_index(block_indices, cu_seqlens, block_size, chunks, cu_seqlens_k)
 
 
 def nothing(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -221,23 +237,23 @@ def _empty_outputs(q: Tensor, v: Tensor, block_indices: Tensor) -> tuple[Tensor,
 
 
 def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return q.new_empty(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
 
 
 def _save(ctx, inputs, output):
-    q, k, v, block_indices, cu_seqlens, block_size, softmax_scale, loop_order, workspace_mib, _ = inputs
-    ctx.save_for_backward(q, k, v, block_indices, cu_seqlens, *output)
-    ctx.sizes = block_size, softmax_scale, loop_order, workspace_mib
+    ctx.save_for_backward(*inputs[:6], *output)
+    # Not whether the index is kept: an empty one is not.
+    ctx.sizes = inputs[6:-1]
 
 
 def _differentiate(ctx, d_out, d_lse, *_):
-    return (*_selected_attention_backward(d_out, d_lse, *ctx.saved_tensors, *ctx.sizes), *[None] * 7)
+    return (*_selected_attention_backward(d_out, d_lse, *ctx.saved_tensors, *ctx.sizes), *[None] * 8)
 
 
 @_selected_attention.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, cu_seqlens: Tensor, block_size: int, softmax_scale: float,
-    loop_order: str, workspace_mib: int, save_index: bool,
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None,
+    block_size: int, softmax_scale: float, loop_order: str, workspace_mib: int, save_index: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     out, lse, *index = _empty_outputs(q, v, block_indices)
     if save_index:

@@ -1,0 +1,641 @@
+"""`NSACache`: what a model keeps of the tokens that it has read, so that it can go on without reading them again.
+
+For every layer: rotated keys and values, compressed keys and values, and of the newest tokens what the compressors
+will read when a window that they began is full (the *tail*).
+
+    with cache.extend(layout) as step:                the new tokens get their places, or an error changes nothing
+        for layer, kept in zip(layers, cache.layers):
+            kept.append(...)                          keys, values, and the windows that have become full
+            kept.pages                                what attention reads
+
+`nn.NativeSparseAttention` and `nn.LanguageModel` do this when they are given a cache.
+
+Shape suffixes: N new tokens, W windows that became full, L tokens of a window, B sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import geometry
+from .config import NSAConfig
+from .functional import gather_windows, store_rows
+from .types import KVPages, Place, SequenceLayout
+from .validation import FLOAT_DTYPES, bad, check_positive, check_tensor
+
+# Tokens that `crop` may take back at any time, by default: more than speculative decoding proposes.
+MAX_CROP = 64
+FIRST_CAPACITY = 1024  # tokens, of a cache that grows
+# New tokens of a sequence up to which attention reads the cache where it is; for more, it is read once for all of them.
+FEW_TOKENS = 16
+
+Compress = Callable[[Tensor, SequenceLayout], Tensor]
+
+
+class Branches(NamedTuple):
+    """A tensor for each branch, `[N, Hk, D]`; the same one where the branches share keys and values."""
+
+    compressed: Tensor
+    selected: Tensor
+    window: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Compression windows that become full, and where their tokens are.
+
+    Attributes:
+        layout: of their tokens, `W` sequences of l tokens.
+        starts: position of the first token of each, int64 `[W]`.
+        place: where the compressed tokens go.
+        tail: where tokens stand in the tail, `[W, L]`.
+        new: their number among the new tokens, int64 `[W, L]`, where they are new.
+        is_new: which of them are, bool `[W, L]`.
+    """
+
+    layout: SequenceLayout
+    starts: Tensor
+    place: Place
+    tail: Place
+    new: Tensor
+    is_new: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """The tokens that are being appended, the same for all layers.
+
+    Attributes:
+        layout: of the new tokens, behind those that the cache holds.
+        positions: of the new tokens, int64 `[N]`.
+        place: where they go.
+        tail: where those go that the tail keeps.
+        windows: that become full, or None if there is none.
+        fresh: whether the cache was empty.
+        tokens: new tokens of each sequence, if that is one number; otherwise None.
+        memory: what a layer computed and others can use.
+    """
+
+    layout: SequenceLayout
+    positions: Tensor
+    place: Place
+    tail: Place
+    windows: Windows | None
+    fresh: bool
+    tokens: int | None
+    memory: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def new_layout(self) -> SequenceLayout:
+        """Of the new tokens alone."""
+        return SequenceLayout(self.layout.lengths, self.layout.cu_seqlens)
+
+
+class NSACache:
+    """Keys and values of a batch of sequences, which may differ in length, for all layers of a model.
+
+    Dense (each sequence has room for `capacity` tokens), dense and growing (`capacity=None`), or paged (`page_size`
+    and `num_pages`: sequences own pages of a pool by `set_pages`, and may share those that they have in common).
+    Shapes never change but by growing, so a CUDA graph may append: `seq_lens` lives on the device. The host keeps a
+    copy, `lengths`, for checks; after replays of a graph tell it with `replayed`.
+
+    Args:
+        config: of the attention; sizes, and which branches have keys of their own.
+        num_layers: of the model.
+        batch: B, sequences.
+        num_kv_heads: Hk.
+        head_dim: Dk.
+        head_dim_v: Dv; head_dim by default.
+        capacity: tokens that a sequence may have, None to grow as needed; of a paged cache, pages times page_size.
+        page_size: tokens of a page, a multiple of `config.block_size`; None for a dense cache.
+        num_pages: P, pages of the pool.
+        rotary: whether keys are rotated; where they are not, or before they are compressed, no keys are kept twice.
+        max_crop: tokens that `crop` can always take back; the tails of the compressors are so much longer. None for
+            all, which keeps compressed branches' tokens whole.
+        pools: for a paged cache, the keys and values of the selected branch of each layer, `[P, page_size, Hk, D]` with
+            adjacent heads, as a serving engine has them; made here by default.
+        device: of all tensors.
+        dtype: of keys and values.
+
+    Attributes:
+        lengths: tokens of each sequence, on the host.
+        seq_lens: the same on the device, int32 `[B]`.
+        page_table: int32 `[B, pages]`.
+        layers: a `LayerCache` for each layer.
+
+    Raises:
+        ValueError: for sizes that do not fit each other.
+
+    Example:
+        >>> import torch
+        >>> from flash_sparse_attention.nn import NativeSparseAttention
+        >>> layer = NativeSparseAttention(64, num_heads=4, num_kv_heads=2, head_dim=16)
+        >>> cache, x = layer.new_cache(batch=2, capacity=256), torch.randn(2, 101, 64)
+        >>> with cache.extend(SequenceLayout.uniform(2, 100)):
+        ...     prompt = layer(x[:, :100], cache=cache.layers[0])
+        >>> with cache.extend(SequenceLayout.uniform(2, 1)):
+        ...     token = layer(x[:, 100:], cache=cache.layers[0])
+        >>> torch.allclose(torch.cat([prompt, token], 1), layer(x), atol=1e-5)
+        True
+    """
+
+    def __init__(
+        self,
+        config: NSAConfig,
+        *,
+        num_layers: int,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        head_dim_v: int | None = None,
+        capacity: int | None = None,
+        page_size: int | None = None,
+        num_pages: int | None = None,
+        rotary: bool = True,
+        max_crop: int | None = MAX_CROP,
+        pools: Sequence[tuple[Tensor, Tensor]] | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        head_dim_v = head_dim if head_dim_v is None else head_dim_v
+        for name, value in (
+            ("num_layers", num_layers),
+            ("batch", batch),
+            ("num_kv_heads", num_kv_heads),
+            ("head_dim", head_dim),
+            ("head_dim_v", head_dim_v),
+        ):
+            check_positive(name, value)
+        if max_crop is not None:
+            check_positive("max_crop", max_crop, 0)
+        self.config, self.batch, self.dtype, self.max_crop = config, batch, dtype, max_crop
+        self.paged, self.growing = page_size is not None, page_size is None and capacity is None
+        self.rotary = rotary
+        if page_size is None:
+            if pools is not None or num_pages is not None:
+                raise bad("page_size", "given with pools or num_pages", None)
+            wanted = FIRST_CAPACITY if capacity is None else check_positive("capacity", capacity)
+            # A growing cache never has a tail that is shorter than it will be.
+            tail = (self._tail_rows() or 1) if capacity is None else 1
+            page_size = _whole(max(wanted, tail), config.block_size)
+            num_pages, columns = batch, 1
+        else:
+            if check_positive("page_size", page_size) % config.block_size:
+                raise bad("page_size", f"a multiple of block_size={config.block_size}", page_size)
+            if num_pages is None:
+                raise bad("num_pages", "the number of pages of the pool", None)
+            check_positive("num_pages", num_pages)
+            most = num_pages * page_size
+            columns = -(-min(check_positive("capacity", capacity or most), most) // page_size)
+        self.page_size = page_size
+        self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.page_table = torch.full((batch, columns), -1, dtype=torch.int32, device=device)
+        if not self.paged:
+            torch.arange(batch, out=self.page_table[:, 0])
+        self._pages: list[list[int]] = [[] if self.paged else [b] for b in range(batch)]
+        self._lengths = [0] * batch
+        self._limit = columns * page_size if self.paged or capacity is None else capacity
+        self._step: Step | None = None
+        if pools is not None and len(pools) != num_layers:
+            raise bad("pools", f"one pair for each of num_layers={num_layers}", len(pools))
+        shape = num_pages, num_kv_heads, head_dim, head_dim_v
+        self.layers = [
+            LayerCache(self, index, *shape, pools[index] if pools is not None else None) for index in range(num_layers)
+        ]
+
+    @property
+    def device(self) -> torch.device:
+        """Of all tensors."""
+        return self.seq_lens.device
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence, as far as the host knows; see `replayed`."""
+        return tuple(self._lengths)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that a sequence may have now."""
+        return self._limit
+
+    @contextmanager
+    def extend(self, layout: SequenceLayout) -> Iterator[Step]:
+        """Makes room for new tokens; while active, every layer appends them. An exception takes them back.
+
+        Args:
+            layout: of the new tokens of the B sequences, 0 allowed; `SequenceLayout.uniform(B, 1)` to decode.
+
+        Yields:
+            The `Step`: layout with past, positions, places.
+
+        Raises:
+            ValueError: if the layout is of another batch or device, a sequence would pass the capacity, or its next
+                page is missing or another sequence's too; nothing has changed then. Within a CUDA graph that is
+                captured nothing can be checked: what has no place is dropped.
+        """
+        if self._step is not None:
+            raise bad("extend", "left before it is entered again", "entered twice")
+        if layout.batch != self.batch:
+            raise bad("layout", f"of the B={self.batch} sequences of the cache", layout.batch)
+        if layout.device != self.device:
+            raise bad("layout", f"on the device of the cache ({self.device})", layout.device)
+        capturing = self.capturing()
+        if not capturing:
+            self._make_room([past + new for past, new in zip(self._lengths, layout.lengths, strict=True)])
+        self._step = step = self._step_of(layout, capturing)
+        counts = layout.cu_seqlens.diff()
+        self.seq_lens.add_(counts)
+        try:
+            yield step
+        except BaseException:
+            self.seq_lens.sub_(counts)
+            raise
+        else:
+            if not capturing:
+                self._lengths = list(step.layout.keys.lengths)
+        finally:
+            self._step = None
+
+    def capturing(self) -> bool:
+        """Whether a CUDA graph is being captured: nothing is computed, and nothing of the device is known."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def replayed(self, tokens: int = 1) -> None:
+        """Tells the host that a CUDA graph appended so many tokens to each sequence. Call it before the replay.
+
+        Raises:
+            ValueError: if they do not fit; nothing has changed then.
+        """
+        longer = [length + check_positive("tokens", tokens, 0) for length in self._lengths]
+        if self.growing and max(longer) > self._limit:
+            raise bad("capacity", "given for a cache of which graphs are captured", None, "growing moves its tensors")
+        self._make_room(longer)
+        self._lengths = longer
+
+    def crop(self, lengths: int | Sequence[int]) -> None:
+        """Takes back all tokens from these lengths on, as when proposed tokens are rejected. 0 empties a sequence.
+
+        Args:
+            lengths: of each sequence, or one for all; a sequence that is shorter stays.
+
+        Raises:
+            ValueError: if there are not B lengths, one is negative, or the tail does not reach back so far (see
+                `max_crop`); nothing has changed then.
+        """
+        if isinstance(lengths, int):
+            lengths = [lengths] * self.batch
+        if len(lengths) != self.batch or any(isinstance(x, bool) or not isinstance(x, int) or x < 0 for x in lengths):
+            raise bad("lengths", f"B={self.batch} integers of at least 0", list(lengths))
+        shorter = [min(new, old) for new, old in zip(lengths, self._lengths, strict=True)]
+        for b, (new, old) in enumerate(zip(shorter, self._lengths, strict=True)):
+            if not self._tail_reaches(new, old):
+                cure = "make the cache with a larger max_crop"
+                raise bad(f"lengths[{b}]", f"at least {old - (self.max_crop or 0)}, or 0", new, cure)
+        self._set_lengths(shorter)
+
+    def reorder(self, order: Sequence[int] | Tensor) -> None:
+        """Sequence b becomes what sequence `order[b]` was, as beam search wants it; copies the cache.
+
+        Raises:
+            ValueError: if `order` is no B numbers of sequences, or the cache is paged: change its pages instead.
+        """
+        if self.paged:
+            raise bad("cache", "dense to be reordered", "paged", "set_pages gives sequences other pages")
+        numbers = [int(x) for x in order]
+        if len(numbers) != self.batch or not all(0 <= x < self.batch for x in numbers):
+            raise bad("order", f"B={self.batch} numbers of sequences", numbers)
+        index = torch.tensor(numbers, device=self.device)
+        for layer in self.layers:
+            for pool in layer.pools():
+                pool.copy_(pool.index_select(0, index))
+        self._set_lengths([self._lengths[x] for x in numbers])
+
+    def set_pages(self, page_table: Tensor, lengths: Sequence[int] | None = None) -> None:
+        """Gives the sequences of a paged cache their pages, and sets lengths where they differ from what is known.
+
+        A sequence that begins with the pages of another one, and with a length that they fill, goes on from what they
+        hold: a prefix is read once. What it appends goes into pages of its own.
+
+        Args:
+            page_table: int32 `[B, up to the pages of the cache]`, on any device; -1 where there is none yet.
+            lengths: tokens of each sequence that its pages hold already; as they are by default.
+
+        Raises:
+            ValueError: if the cache is dense, the table does not fit, names a page that does not exist, lacks one that
+                a length needs, names a page twice where it can still be written to, or a sequence would go on in the
+                middle of a page that others share; nothing has changed then.
+        """
+        if not self.paged:
+            raise bad("cache", "paged to be given pages", "dense", "pass page_size and num_pages")
+        check_tensor("page_table", page_table, {"B": self.batch, "pages": None}, (torch.int32,))
+        columns = self.page_table.shape[1]
+        if page_table.shape[1] > columns:
+            raise bad("page_table", f"of at most {columns} pages a sequence", list(page_table.shape))
+        wanted = self._lengths if lengths is None else list(lengths)
+        if len(wanted) != self.batch or any(length < 0 for length in wanted):
+            raise bad("lengths", f"B={self.batch} integers of at least 0", wanted)
+        pages = [_until_none(row) for row in page_table.tolist()]
+        self._check_pages(pages, wanted)
+        table = torch.full((self.batch, columns), -1, dtype=torch.int32)
+        table[:, : page_table.shape[1]] = page_table.cpu()
+        self.page_table.copy_(table)
+        self._pages = pages
+        self._set_lengths(wanted)
+
+    def _check_pages(self, pages: list[list[int]], lengths: Sequence[int]) -> None:
+        """Pages exist, are enough for the lengths, and those that are written to have one owner."""
+        count = len(self.layers[0].k)
+        users: dict[int, list[int]] = {}
+        for b, own in enumerate(pages):
+            for page in own:
+                if page >= count:
+                    raise bad("page_table", f"of pages below P={count}", f"{page} in sequence {b}")
+                users.setdefault(page, []).append(b)
+            needed = -(-lengths[b] // self.page_size)
+            if len(own) < needed:
+                raise bad("page_table", f"of at least {needed} pages for the {lengths[b]} tokens of sequence {b}", own)
+        for b, own in enumerate(pages):
+            # Pages that a sequence filled are only read; the others are its own.
+            for page in own[lengths[b] // self.page_size :]:
+                if len(users[page]) > 1:
+                    raise bad(
+                        "page_table",
+                        "of pages with one owner, but for those that are full",
+                        f"page {page} in sequences {users[page]}",
+                    )
+
+    def _make_room(self, lengths: Sequence[int]) -> None:
+        """Sequences of these lengths have room, and pages."""
+        longest = max(lengths)
+        if self.growing and longest > self._limit:
+            self._grow(longest)
+        for b, length in enumerate(lengths):
+            if length > self._limit:
+                cure = "crop it, or make a larger cache"
+                raise bad(f"sequence {b}", f"of at most capacity={self._limit} tokens", length, cure)
+        if self.paged:
+            self._check_pages(self._pages, [min(x) for x in zip(lengths, self._lengths, strict=True)])
+            for b, length in enumerate(lengths):
+                needed = -(-length // self.page_size)
+                if len(self._pages[b]) < needed:
+                    got = f"{len(self._pages[b])} pages for {length} tokens"
+                    raise bad(f"sequence {b}", f"of {needed} pages", got, "give it more by set_pages")
+
+    def _grow(self, tokens: int) -> None:
+        """Room for so many tokens at least, and twice as many as there was."""
+        size = _whole(max(tokens, 2 * self.page_size), self.config.block_size)
+        for layer in self.layers:
+            layer.grow(size)
+        self.page_size = self._limit = size
+
+    def _set_lengths(self, lengths: Sequence[int]) -> None:
+        self._lengths = list(lengths)
+        self.seq_lens.copy_(torch.tensor(self._lengths, dtype=torch.int32))
+
+    def _tail_rows(self) -> int | None:
+        """Rows of the tail of a page: what windows that are not full need, and what may be taken back."""
+        return None if self.max_crop is None else self.config.kernel_size + self.max_crop
+
+    def _tail_reaches(self, new: int, old: int) -> bool:
+        """Whether the tail still holds what windows need that become full behind token `new`."""
+        rows = min(self._tail_rows() or self.page_size, self.page_size)
+        if new == old or new == 0 or not self.layers[0].has_tail:
+            return True
+        oldest = geometry.window_start(
+            geometry.num_compressed_tokens(new, self.config.kernel_size, self.config.kernel_stride),
+            self.config.kernel_stride,
+        )
+        for page in range(oldest // self.page_size, (new - 1) // self.page_size + 1):
+            begin, end = page * self.page_size, min((page + 1) * self.page_size, old)
+            if max(oldest, begin) < end - rows:
+                return False
+        return True
+
+    def _step_of(self, new: SequenceLayout, capturing: bool) -> Step:
+        """The places of new tokens. Within a capture lengths are only known on the device."""
+        past_B = self.seq_lens.long()
+        after_B = past_B + new.cu_seqlens.diff()
+        bounds = torch.cat([after_B.new_zeros(1), after_B.cumsum(0)]).to(torch.int32)
+        lengths = tuple(past + count for past, count in zip(self._lengths, new.lengths, strict=True))
+        layout = SequenceLayout(new.lengths, new.cu_seqlens, SequenceLayout(lengths, bounds))
+        ids_N, position_N = layout.sequence_ids(), layout.positions()
+        pages = self.layers[0].pages_with(after_B.to(torch.int32))
+        place = pages.place(ids_N, position_N)
+        rows = self.layers[0].tail_rows
+        # Of the new tokens of a page the tail keeps the last.
+        page_end_N = (position_N // self.page_size + 1) * self.page_size
+        kept_N = position_N + rows >= after_B[ids_N].minimum(page_end_N)
+        tail = Place(place.page, place.row % rows, place.exists & kept_N)
+        fresh = not capturing and not any(self._lengths)
+        uniform = new.lengths[0] if len(set(new.lengths)) == 1 else None
+        windows = self._windows_of(layout, past_B, after_B, pages, capturing)
+        return Step(layout, position_N, place, tail, windows, fresh, uniform)
+
+    def _windows_of(
+        self, layout: SequenceLayout, past_B: Tensor, after_B: Tensor, pages: KVPages, capturing: bool
+    ) -> Windows | None:
+        """The windows that the new tokens fill; within a capture as many as could be, of which some do not exist."""
+        l, d = self.config.kernel_size, self.config.kernel_stride
+        if capturing:
+            most = [-(-count // d) for count in layout.lengths]
+        else:
+            totals = zip(layout.keys.lengths, self._lengths, strict=True)
+            most = [
+                geometry.num_compressed_tokens(after, l, d) - geometry.num_compressed_tokens(past, l, d)
+                for after, past in totals
+            ]
+        if not any(most):
+            return None
+        of = _layout(most, self.device, capturing)
+        ids_W = of.sequence_ids()
+        window_W = geometry.num_compressed_tokens(past_B, l, d)[ids_W] + of.positions()
+        starts_W = geometry.window_start(window_W, d)
+        token_WL = starts_W[:, None] + torch.arange(l, device=self.device)
+        is_new_WL = token_WL >= past_B[ids_W, None]
+        first_B = layout.cu_seqlens[:-1].long() - past_B
+        new_WL = (token_WL + first_B[ids_W, None]).clamp(0, max(0, layout.total_tokens - 1))
+        place = pages.place(ids_W[:, None], token_WL)
+        tail = Place(place.page, place.row % self.layers[0].tail_rows, place.exists)
+        return Windows(
+            SequenceLayout.uniform(len(ids_W), l, self.device),
+            starts_W,
+            pages.compressed_place(ids_W, window_W, l, d),
+            tail,
+            new_WL.where(is_new_WL, 0),
+            is_new_WL,
+        )
+
+
+class LayerCache:
+    """What one layer keeps. Made by `NSACache`.
+
+    Attributes:
+        cache: the cache that it belongs to.
+        index: of the layer.
+        k: rotated keys of the selected branch `[P, page_size, Hk, Dk]`; and so are the others.
+        tail_rows: tokens of a page that the tail keeps.
+        has_tail: whether there is a tail beside `k` and `v`.
+    """
+
+    def __init__(
+        self,
+        cache: NSACache,
+        index: int,
+        num_pages: int,
+        num_kv_heads: int,
+        head_dim: int,
+        head_dim_v: int,
+        pools: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        self.cache, self.index = cache, index
+        config, size = cache.config, cache.page_size
+
+        def pool(rows: int, dim: int) -> Tensor:
+            return torch.zeros(num_pages, rows, num_kv_heads, dim, device=cache.device, dtype=cache.dtype)
+
+        if pools is None:
+            self.k, self.v = pool(size, head_dim), pool(size, head_dim_v)
+        else:
+            for name, value, dim in zip(("k", "v"), pools, (head_dim, head_dim_v), strict=True):
+                _check_pool(f"pools[{index}].{name}", value, (num_pages, size, num_kv_heads, dim), cache)
+            self.k, self.v = pools
+        shared = config.branch_kv == "shared"
+        self.k_window = self.k if shared else pool(size, head_dim)
+        self.v_window = self.v if shared else pool(size, head_dim_v)
+        rows = size // config.kernel_stride
+        self.k_compressed, self.v_compressed = pool(rows, head_dim), pool(rows, head_dim_v)
+        # Where the compressors read what `k` and `v` hold, those are the tail.
+        k_is_tail = shared and (not cache.rotary or config.rope == "before")
+        self.has_tail = not (k_is_tail and shared)
+        tail = min(cache._tail_rows() or size, size) if self.has_tail else size
+        self.tail_rows = tail
+        self.k_tail = self.k if k_is_tail else pool(tail, head_dim)
+        # Of values that are shared, all are there, but both tails are read by the same rows.
+        v_is_tail = shared and (not self.has_tail or (tail == size and not cache.growing))
+        self.v_tail = self.v if v_is_tail else pool(tail, head_dim_v)
+
+    @property
+    def pages(self) -> KVPages:
+        """What attention reads, up to and including the tokens of the step."""
+        return self.pages_with(self.cache.seq_lens)
+
+    def pages_with(self, seq_lens: Tensor) -> KVPages:
+        """The pages with these lengths, int32 `[B]`."""
+        tensors = self.k, self.v, self.k_window, self.v_window, self.k_compressed, self.v_compressed
+        return KVPages(*tensors, self.cache.page_table, seq_lens)
+
+    @property
+    def step(self) -> Step:
+        """The tokens that are being appended.
+
+        Raises:
+            ValueError: outside of `NSACache.extend`.
+        """
+        if self.cache._step is None:
+            raise bad(
+                "cache", "extended by the new tokens", "not", "call the layer within `with cache.extend(layout):`"
+            )
+        return self.cache._step
+
+    def append(
+        self,
+        k: Branches,
+        v: Branches,
+        compress_k: Compress,
+        compress_v: Compress,
+        by: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Keeps the new tokens, and compresses the windows that they fill.
+
+        Args:
+            k: keys `[N, Hk, Dk]`: for the compressed branch as the compressor takes them, for the others rotated.
+            v: values `[N, Hk, Dv]`.
+            compress_k: makes compressed keys `[W, Hk, Dk]` of packed tokens and their layout.
+            compress_v: the same for values.
+            by: cosine and sine `[W, Dk / 2]` by which compressed keys are rotated, for the first tokens of
+                `step.windows`; None if they are not.
+        """
+        step, windows = self.step, self.step.windows
+        # The windows before the tail, which new tokens would write over.
+        if windows is not None:
+            rows, layout = (k.compressed, v.compressed), step.new_layout
+            if not step.fresh:
+                tails = self.k_tail, self.v_tail
+                rows = gather_windows(tails, rows, windows.tail, windows.new, windows.is_new)
+                layout = windows.layout
+            compressed = compress_k(rows[0], layout), compress_v(rows[1], layout)
+            store_rows((self.k_compressed, self.v_compressed), compressed, windows.place, by)
+        store_rows((self.k, self.v), (k.selected, v.selected), step.place)
+        if self.k_window is not self.k:
+            store_rows((self.k_window, self.v_window), (k.window, v.window), step.place)
+        if self.has_tail:
+            store_rows((self.k_tail, self.v_tail), (k.compressed, v.compressed), step.tail)
+
+    def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """k, v, k_window, v_window of all tokens `[N, Hk, D]`, packed by `step.layout.keys`."""
+        layout = self.step.layout.keys
+        place = self.pages.place(layout.sequence_ids(), layout.positions())
+        k, v = (x[place.page, place.row] for x in (self.k, self.v))
+        if self.k_window is self.k:
+            return k, v, k, v
+        k_window, v_window = (x[place.page, place.row] for x in (self.k_window, self.v_window))
+        return k, v, k_window, v_window
+
+    def packed_compressed(self) -> tuple[Tensor, Tensor]:
+        """Compressed keys and values `[M, Hk, D]`, packed by `step.layout.keys`."""
+        sizes = self.cache.config.kernel_size, self.cache.config.kernel_stride
+        windows = self.step.layout.keys.compressed(*sizes)
+        place = self.pages.compressed_place(windows.sequence_ids(), windows.positions(), *sizes)
+        return self.k_compressed[place.page, place.row], self.v_compressed[place.page, place.row]
+
+    def pools(self) -> list[Tensor]:
+        """All tensors, each once."""
+        named = (self.k, self.v, self.k_window, self.v_window, self.k_compressed, self.v_compressed)
+        return list({id(x): x for x in (*named, self.k_tail, self.v_tail)}.values())
+
+    def grow(self, page_size: int) -> None:
+        """Moves a dense cache to larger pages."""
+        stride = self.cache.config.kernel_stride
+        moved: dict[int, Tensor] = {}
+        for name in ("k", "v", "k_window", "v_window", "k_compressed", "v_compressed", "k_tail", "v_tail"):
+            old = getattr(self, name)
+            if id(old) not in moved:
+                rows = page_size // stride if "compressed" in name else page_size
+                if "tail" in name and self.cache.max_crop is not None:
+                    rows = self.tail_rows
+                moved[id(old)] = new = old.new_zeros(old.shape[0], rows, *old.shape[2:])
+                new[:, : old.shape[1]] = old
+            setattr(self, name, moved[id(old)])
+        self.tail_rows = self.k_tail.shape[1]
+
+
+def _whole(tokens: int, block_size: int) -> int:
+    """So many tokens at least, in whole blocks."""
+    return -(-tokens // block_size) * block_size
+
+
+def _until_none(row: list[int]) -> list[int]:
+    """The pages before the first entry that is none."""
+    return row[: next((i for i, page in enumerate(row) if page < 0), len(row))]
+
+
+def _layout(lengths: Sequence[int], device: torch.device, capturing: bool) -> SequenceLayout:
+    """The layout of these lengths; within a capture, where nothing can be copied from the host, of equal ones."""
+    if capturing and len(set(lengths)) == 1:
+        return SequenceLayout.uniform(len(lengths), lengths[0], device)
+    return SequenceLayout.from_lengths(lengths, device)
+
+
+def _check_pool(name: str, pool: Tensor, shape: tuple[int, ...], cache: NSACache) -> None:
+    names = ("P", "page_size", "Hk", "D")
+    check_tensor(name, pool, dict(zip(names, shape, strict=True)), FLOAT_DTYPES)
+    if pool.dtype != cache.dtype or pool.device != cache.device:
+        raise bad(name, f"{cache.dtype} on {cache.device}", f"{pool.dtype} on {pool.device}")
+    if pool.stride(3) != 1 or pool.stride(2) != pool.shape[3]:
+        raise bad(name, "with adjacent heads", f"strides {pool.stride()}", "[pages, tokens, heads, channels]")

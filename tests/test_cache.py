@@ -1,0 +1,386 @@
+"""`NSACache`: any way of reading a text in pieces gives what reading it at once gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flash_sparse_attention import NSAConfig, SequenceLayout
+from flash_sparse_attention.cache import NSACache
+from flash_sparse_attention.nn import LanguageModel, LanguageModelConfig, NativeSparseAttention
+
+SIZES: dict[str, Any] = {
+    "kernel_size": 8,
+    "kernel_stride": 4,
+    "block_size": 16,
+    "num_selected_blocks": 4,
+    "num_local_blocks": 1,
+    "window_size": 21,
+}
+CONFIGS = {
+    "paper": NSAConfig.preset("paper", **SIZES),
+    "fsa": NSAConfig.preset("fsa", **SIZES),
+    "fla": NSAConfig.preset("fla", **{**SIZES, "kernel_size": 16, "kernel_stride": 16}),
+    "weighted": NSAConfig(**SIZES, compression="weighted", branch_kv="shared", position_embedding="k"),
+    "mean, independent": NSAConfig(**SIZES, compression="mean", position_embedding="none"),
+    "before, independent": NSAConfig(**SIZES, compression="linear", rope="before"),
+}
+HIDDEN = 24
+# Lengths from none to more than the first page, and pieces that end inside a window, at a block, behind it.
+LENGTHS = (130, 1, 0, 33, 64)
+
+
+def layer_of(config: NSAConfig, heads: tuple[int, int] = (4, 2), **options: Any) -> NativeSparseAttention:
+    torch.manual_seed(0)
+    layer = NativeSparseAttention(HIDDEN, *heads, config, head_dim=8, head_dim_v=6, dtype=torch.float64, **options)
+    # Gates that are all alike would hide a mixed-up branch.
+    torch.nn.init.normal_(layer.branch_gate_proj.weight)
+    return layer
+
+
+def pieces_of(lengths: tuple[int, ...], sizes: list[int]) -> list[list[tuple[int, int]]]:
+    """Each sequence cut into pieces of these sizes, the last size repeated, as (begin, end)."""
+    steps, done = [], [0] * len(lengths)
+    for number in range(10**6):
+        size = sizes[min(number, len(sizes) - 1)]
+        ends = [min(length, at + size) for length, at in zip(lengths, done, strict=True)]
+        steps.append(list(zip(done, ends, strict=True)))
+        done = ends
+        if tuple(done) == lengths:
+            break
+    return steps
+
+
+def read(
+    layer: NativeSparseAttention, x: Tensor, lengths: tuple[int, ...], sizes: list[int], cache: NSACache
+) -> Tensor:
+    """The output of all tokens of packed sequences, read in pieces."""
+    own, outs = x.split(lengths), [[] for _ in lengths]
+    for step in pieces_of(lengths, sizes):
+        layout = SequenceLayout.from_lengths([end - begin for begin, end in step])
+        piece = torch.cat([tokens[begin:end] for tokens, (begin, end) in zip(own, step, strict=True)])
+        with cache.extend(layout):
+            got = layer(piece, layout, cache=cache.layers[0])
+        for out, part in zip(outs, got.split(layout.lengths), strict=True):
+            out.append(part)
+    return torch.cat([torch.cat(out) for out in outs])
+
+
+def check(layer: NativeSparseAttention, lengths: tuple[int, ...], sizes: list[int], cache: NSACache) -> None:
+    x = torch.randn(sum(lengths), HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = layer(x, SequenceLayout.from_lengths(lengths))
+    torch.testing.assert_close(read(layer, x, lengths, sizes, cache), expected, rtol=1e-10, atol=1e-10)
+    assert cache.lengths == lengths
+    assert cache.seq_lens.tolist() == list(lengths)
+
+
+@pytest.mark.parametrize("sizes", [[200], [1], [40, 1], [7, 3], [17, 30], [50, 20, 1]], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_any_split_gives_the_same(name: str, sizes: list[int]):
+    layer = layer_of(CONFIGS[name])
+    check(layer, LENGTHS, sizes, layer.new_cache(len(LENGTHS), 130))
+
+
+@pytest.mark.parametrize("rope_theta", [None, 500.0])
+@pytest.mark.parametrize("heads", [(1, 1), (4, 1), (5, 1), (8, 1), (16, 1), (10, 2)], ids=str)
+def test_groups(heads: tuple[int, int], rope_theta: float | None):
+    layer = layer_of(CONFIGS["paper"], heads, rope_theta=rope_theta)
+    check(layer, (70, 40), [33, 1, 5], layer.new_cache(2, 128))
+
+
+@pytest.mark.parametrize("max_crop", [0, None])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_cache_that_grows(name: str, max_crop: int | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("flash_sparse_attention.cache.FIRST_CAPACITY", 16)
+    layer = layer_of(CONFIGS[name])
+    cache = layer.new_cache(2, max_crop=max_crop)
+    assert cache.capacity == 16
+    check(layer, (150, 30), [10, 1, 20, 3], cache)
+
+
+def paged(layer: NativeSparseAttention, page_size: int, **options: Any) -> NSACache:
+    cache = layer.new_cache(len(LENGTHS), 160, page_size=page_size, num_pages=40, **options)
+    order, used, table = torch.randperm(40).tolist(), 0, torch.full((len(LENGTHS), 160 // page_size), -1)
+    for b, length in enumerate(LENGTHS):
+        count = -(-length // page_size)
+        table[b, :count] = torch.tensor(order[used : used + count])
+        used += count
+    cache.set_pages(table.to(torch.int32))
+    return cache
+
+
+@pytest.mark.parametrize("page_size", [16, 32])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_pages(name: str, page_size: int):
+    layer = layer_of(CONFIGS[name])
+    check(layer, LENGTHS, [29, 1, 3, 18], paged(layer, page_size))
+
+
+def test_pools_of_an_engine():
+    layer = layer_of(CONFIGS["fsa"])
+    # FlashInfer's layout: keys and values of a page together, so their pages are not adjacent.
+    pool = torch.full((40, 2, 16, 2, 8), torch.nan, dtype=torch.float64)
+    pools = [(pool[:, 0], pool[:, 1, :, :, :6].clone())]
+    cache = paged(layer, 16, pools=pools)
+    check(layer, LENGTHS, [29, 1], cache)
+    assert not pool[:, 0].isnan().all()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_shared_prefix_is_read_once(name: str):
+    layer = layer_of(CONFIGS[name])
+    x = torch.randn(2, 80, HIDDEN, dtype=torch.float64)
+    x[1, :32] = x[0, :32]
+    cache = layer.new_cache(2, 80, page_size=16, num_pages=10)
+    none = -1
+    cache.set_pages(torch.tensor([[3, 1, 4, 0, 5], [none] * 5], dtype=torch.int32))
+    first = SequenceLayout.from_lengths([50, 0])
+    with cache.extend(first):
+        layer(x[0, :50], first, cache=cache.layers[0])
+    cache.set_pages(torch.tensor([[3, 1, 4, 0, 5], [3, 1, 2, 6, 7]], dtype=torch.int32), [50, 32])
+    rest = SequenceLayout.from_lengths([30, 48])
+    with cache.extend(rest):
+        got = layer(torch.cat([x[0, 50:], x[1, 32:]]), rest, cache=cache.layers[0])
+    with torch.no_grad():
+        expected = layer(x)
+    torch.testing.assert_close(got, torch.cat([expected[0, 50:], expected[1, 32:]]), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_crop_takes_tokens_back(name: str):
+    layer = layer_of(CONFIGS[name])
+    x = torch.randn(2, 120, HIDDEN, dtype=torch.float64)
+    cache = layer.new_cache(2, 120, max_crop=30)
+    wrong = torch.randn(2, 25, HIDDEN, dtype=torch.float64)
+    with torch.no_grad():
+        expected = layer(x)
+
+    def append(piece: Tensor) -> Tensor:
+        with cache.extend(SequenceLayout.uniform(2, piece.shape[1])):
+            return layer(piece, cache=cache.layers[0])
+
+    append(x[:, :61])
+    for at, proposed in ((61, 25), (64, 3), (70, 16)):
+        if at > cache.lengths[0]:
+            append(x[:, cache.lengths[0] : at])
+        append(wrong[:, :proposed])
+        cache.crop(at)
+        assert cache.lengths == (at, at)
+        torch.testing.assert_close(append(x[:, at : at + 2]), expected[:, at : at + 2], rtol=1e-10, atol=1e-10)
+    cache.crop([72, 0])
+    assert cache.seq_lens.tolist() == [72, 0]
+    layout = SequenceLayout.from_lengths([48, 120])
+    with cache.extend(layout):
+        got = layer(torch.cat([x[0, 72:], x[1]]), layout, cache=cache.layers[0])
+    torch.testing.assert_close(got, torch.cat([expected[0, 72:], expected[1]]), rtol=1e-10, atol=1e-10)
+
+
+def test_crop_beyond_the_tail():
+    layer = layer_of(CONFIGS["fsa"])
+    cache = layer.new_cache(1, 300, max_crop=10)
+    with cache.extend(SequenceLayout.uniform(1, 200)):
+        layer(torch.randn(1, 200, HIDDEN, dtype=torch.float64), cache=cache.layers[0])
+    with pytest.raises(ValueError, match=r"lengths\[0\] must be at least 190, or 0, got 100: make the cache"):
+        cache.crop(100)
+    assert cache.lengths == (200,)
+    cache.crop(190)
+    cache.crop(0)
+    whole = layer_of(CONFIGS["fla"]).new_cache(1, 300, max_crop=0)
+    assert not whole.layers[0].has_tail
+
+
+def test_reorder():
+    layer = layer_of(CONFIGS["paper"])
+    x = torch.randn(3, 60, HIDDEN, dtype=torch.float64)
+    cache = layer.new_cache(3, 64)
+    layout = SequenceLayout.from_lengths([40, 30, 50])
+    with cache.extend(layout):
+        layer(torch.cat([x[0, :40], x[1, :30], x[2, :50]]), layout, cache=cache.layers[0])
+    cache.reorder(torch.tensor([2, 0, 2]))
+    assert cache.lengths == (50, 40, 50)
+    with cache.extend(SequenceLayout.uniform(3, 3)):
+        got = layer(torch.stack([x[2, 50:53], x[0, 40:43], x[2, 50:53]]), cache=cache.layers[0])
+    with torch.no_grad():
+        expected = layer(x)
+    expected = torch.stack([expected[2, 50:53], expected[0, 40:43], expected[2, 50:53]])
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_failure_leaves_the_cache_as_it_was():
+    model = LanguageModel(LanguageModelConfig(num_layers=2, nsa=CONFIGS["fsa"]), dtype=torch.float64)
+    tokens = torch.randint(256, (2, 70))
+    cache = model.new_cache(2, 70)
+    model(tokens[:, :50], cache=cache)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(tokens[:, 50:60], cache=cache)
+    handle.remove()
+    assert cache.lengths == (50, 50)
+    assert cache.seq_lens.tolist() == [50, 50]
+    torch.testing.assert_close(model(tokens[:, 50:], cache=cache), model(tokens)[:, 50:], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_token_by_token(name: str):
+    config = LanguageModelConfig(num_layers=2, hidden_size=32, intermediate_size=32, head_dim=8, nsa=CONFIGS[name])
+    model = LanguageModel(config, dtype=torch.float64)
+    lengths = (40, 3, 61)
+    tokens = torch.randint(256, (3, 70))
+    cache = model.new_cache(3)
+    prompt = torch.cat([tokens[b, :length] for b, length in enumerate(lengths)])
+    got = [model(prompt, SequenceLayout.from_lengths(lengths), cache, last_logits=True)]
+    assert not got[0].requires_grad
+    for step in range(5):
+        at = torch.tensor(lengths) + step
+        got.append(model(tokens[torch.arange(3), at][:, None], cache=cache, last_logits=True))
+    with torch.no_grad():
+        whole = model(tokens)
+    for step, logits in enumerate(got):
+        expected = torch.stack([whole[b, length - 1 + step] for b, length in enumerate(lengths)])
+        torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_half_precision_under_autocast():
+    layer = NativeSparseAttention(HIDDEN, 4, 2, CONFIGS["paper"], head_dim=8)
+    x = torch.randn(1, 50, HIDDEN)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = layer.new_cache(1, 50)
+        assert cache.dtype == torch.bfloat16
+        with cache.extend(SequenceLayout.uniform(1, 50)):
+            out = layer(x, cache=cache.layers[0])
+    assert out.dtype == torch.bfloat16
+    cache.crop(0)
+    with (
+        pytest.raises(ValueError, match=r"cache must be of torch.float32, as the keys are, got torch.bfloat16"),
+        cache.extend(SequenceLayout.uniform(1, 50)),
+    ):
+        layer(x, cache=cache.layers[0])
+    assert cache.lengths == (0,)
+
+
+# What does not fit.
+
+
+@pytest.fixture
+def layer() -> NativeSparseAttention:
+    return layer_of(CONFIGS["fsa"])
+
+
+def tokens(batch: int, count: int) -> Tensor:
+    return torch.zeros(batch, count, HIDDEN, dtype=torch.float64)
+
+
+def test_past_the_capacity(layer: NativeSparseAttention):
+    cache = layer.new_cache(2, 50)
+    with cache.extend(SequenceLayout.uniform(2, 45)):
+        layer(tokens(2, 45), cache=cache.layers[0])
+    before = [pool.clone() for pool in cache.layers[0].pools()]
+    with (
+        pytest.raises(ValueError, match="sequence 0 must be of at most capacity=50 tokens, got 51: crop it"),
+        cache.extend(SequenceLayout.uniform(2, 6)),
+    ):
+        pass
+    assert cache.lengths == (45, 45)
+    assert all(map(torch.equal, before, cache.layers[0].pools()))
+    with cache.extend(SequenceLayout.uniform(2, 5)):
+        layer(tokens(2, 5), cache=cache.layers[0])
+
+
+def test_another_attention_batch_or_dtype(layer: NativeSparseAttention):
+    cache = layer.new_cache(2, 50)
+    other = layer_of(CONFIGS["paper"])
+    with (
+        pytest.raises(ValueError, match="cache must be made for config="),
+        cache.extend(SequenceLayout.uniform(2, 1)),
+    ):
+        other(tokens(2, 1), cache=cache.layers[0])
+    with (
+        pytest.raises(ValueError, match="cache must be made for num_kv_heads=4, got 2"),
+        cache.extend(SequenceLayout.uniform(2, 1)),
+    ):
+        layer_of(CONFIGS["fsa"], (4, 4))(tokens(2, 1), cache=cache.layers[0])
+    with (
+        pytest.raises(ValueError, match="layout must be of the B=2 sequences of the cache, got 3"),
+        cache.extend(SequenceLayout.uniform(3, 1)),
+    ):
+        pass
+    with (
+        pytest.raises(
+            ValueError, match=r"hidden_states must be of the lengths \[1, 1\] by which the cache is extended"
+        ),
+        cache.extend(SequenceLayout.uniform(2, 1)),
+    ):
+        layer(tokens(2, 2), cache=cache.layers[0])
+    with (
+        pytest.raises(ValueError, match="position_ids must be left out with a cache"),
+        cache.extend(SequenceLayout.uniform(2, 1)),
+    ):
+        layer(tokens(2, 1), position_ids=torch.zeros(2, 1, dtype=torch.int64), cache=cache.layers[0])
+    with pytest.raises(ValueError, match="cache must be extended by the new tokens"):
+        layer(tokens(2, 1), cache=cache.layers[0])
+    with (
+        cache.extend(SequenceLayout.uniform(2, 1)),
+        pytest.raises(ValueError, match="extend must be left before"),
+        cache.extend(SequenceLayout.uniform(2, 1)),
+    ):
+        pass
+    cache.crop(0)
+    with pytest.raises(ValueError, match="attention must be 'nsa' to have a cache, got 'full'"):
+        LanguageModel(LanguageModelConfig(num_layers=1, attention="full")).new_cache(1)
+    model = LanguageModel(LanguageModelConfig(num_layers=1, nsa=CONFIGS["fsa"]))
+    with pytest.raises(ValueError, match="cache must be made for num_layers=1, got 3"):
+        model(torch.zeros(1, 1, dtype=torch.int64), cache=model.layers[0].self_attn.new_cache(1, num_layers=3))
+    assert cache.lengths == (0, 0)
+
+
+def test_pages_that_overlap_or_are_missing(layer: NativeSparseAttention):
+    cache = layer.new_cache(2, 64, page_size=16, num_pages=6)
+
+    def give(rows: list[list[int]], lengths: list[int] | None = None) -> None:
+        cache.set_pages(torch.tensor(rows, dtype=torch.int32), lengths)
+
+    give([[0, 1], [2, -1]])
+    with (
+        pytest.raises(ValueError, match="sequence 1 must be of 2 pages, got 1 pages for 17 tokens: give it more"),
+        cache.extend(SequenceLayout.uniform(2, 17)),
+    ):
+        pass
+    with pytest.raises(ValueError, match=r"of pages with one owner.* page 1 in sequences \[0, 1\]"):
+        give([[0, 1], [2, 1]])
+    with pytest.raises(ValueError, match=r"page 0 in sequences \[0, 0\]"):
+        give([[0, 0], [2, 1]])
+    with pytest.raises(ValueError, match="page_table must be of pages below P=6, got 6 in sequence 1"):
+        give([[0, 1], [2, 6]])
+    with pytest.raises(ValueError, match="at least 2 pages for the 20 tokens of sequence 0"):
+        give([[0, -1], [2, 3]], [20, 0])
+    with pytest.raises(ValueError, match="of at most 4 pages a sequence"):
+        give([[0, 1, 2, 3, 4], [5, -1, -1, -1, -1]])
+    assert cache.page_table[:, :2].tolist() == [[0, 1], [2, -1]]
+    assert cache.lengths == (0, 0)
+    with pytest.raises(ValueError, match="cache must be dense to be reordered, got paged"):
+        cache.reorder([0, 1])
+    with pytest.raises(ValueError, match="cache must be paged to be given pages, got dense"):
+        layer.new_cache(2, 64).set_pages(cache.page_table)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"page_size": 20, "num_pages": 2}, "page_size must be a multiple of block_size=16, got 20"),
+        ({"page_size": 16}, "num_pages must be the number of pages"),
+        ({"num_pages": 3}, "page_size must be given with pools or num_pages"),
+        ({"max_crop": -1}, "max_crop must be an integer of at least 0"),
+        ({"page_size": 16, "num_pages": 2, "pools": []}, "pools must be one pair for each of num_layers=1, got 0"),
+    ],
+)
+def test_caches_that_cannot_be(layer: NativeSparseAttention, options: dict[str, Any], message: str):
+    with pytest.raises(ValueError, match=message):
+        layer.new_cache(1, **options)
