@@ -7,6 +7,10 @@ selection by importance. Then it times replays of CUDA graphs by CUDA events, in
 median of the repeats after a warm-up, and the first and last tenth. The cache holds random keys and values of all
 branches, as that of a layer with independent branches does. Dense baselines have as many tokens, `[B, Hk, N, D]`;
 those that refuse are left out. Bytes are what a call has to read of its cache, and its scores, written and read.
+
+"nsa, step" is what a layer does besides its projections: in an `NSACache`, keys and values of the new tokens are kept,
+windows that they fill are compressed (mean), and the attention follows. "nsa, places" is what all layers of a model
+share: where new tokens go, which windows they fill.
 """
 
 from __future__ import annotations
@@ -28,12 +32,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flash_sparse_attention as fsa
-from flash_sparse_attention import Interval, KVPages, NSAConfig, SequenceLayout
+from flash_sparse_attention import Interval, KVPages, NSACache, NSAConfig, SequenceLayout
 from flash_sparse_attention.accuracy.budgets import compare, compare_selection
+from flash_sparse_attention.cache import Branches
 from flash_sparse_attention.impl import reference
 
 CONFIG = NSAConfig()
 DTYPE = torch.bfloat16
+FILLED_AT_ONCE = 4096  # tokens of a sequence
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -87,6 +93,41 @@ def check(q: Tensor, gates: Tensor, pages: KVPages, out: Tensor, indices: Tensor
     return {name: e.max_error / e.max_budget if e.max_budget else e.max_error for name, e in found.items()}
 
 
+def layer_steps(
+    batch: int, context: int, tokens: int, heads: int, kv_heads: int, dim: int, repeats: int
+) -> dict[str, Callable[[], None]]:
+    """A step of a layer over a cache that holds `context` tokens, and what layers share of it; graphs that replay."""
+    config = CONFIG.replace(compression="mean", position_embedding="none")
+    sizes = {"num_kv_heads": kv_heads, "head_dim": dim, "device": "cuda", "dtype": DTYPE}
+    cache = NSACache(config, num_layers=1, batch=batch, capacity=context + tokens * (repeats + 20), **sizes)
+    layer = cache.layers[0]
+
+    def draw(count: int) -> Branches:
+        return Branches(*(torch.randn(count, kv_heads, dim, device="cuda", dtype=DTYPE) for _ in range(3)))
+
+    mean = fsa.Compression(), fsa.Compression()
+    for begin in range(0, context, FILLED_AT_ONCE):
+        count = min(FILLED_AT_ONCE, context - begin)
+        with cache.extend(SequenceLayout.uniform(batch, count, "cuda")):
+            layer.append(draw(batch * count), draw(batch * count), *mean)
+    q, gates = (torch.randn(batch, tokens, heads, x, device="cuda", dtype=DTYPE) for x in (dim, 3))
+    k, v = draw(batch * tokens), draw(batch * tokens)
+    angle = torch.zeros(batch * -(-tokens // config.kernel_stride), dim // 2, device="cuda")
+    rotation = angle.cos(), angle.sin()
+    layout = SequenceLayout.uniform(batch, tokens, "cuda")
+
+    def step() -> Tensor:
+        with cache.extend(layout):
+            layer.append(k, v, *mean, rotation if cache.capturing() else None)
+            return fsa.nsa_attention_with_kvcache(q, gates, layer.pages, config).out
+
+    def places() -> None:
+        with cache.extend(layout):
+            pass
+
+    return {"nsa, step": captured(step), "nsa, places": captured(places)}
+
+
 def captured(run: Callable[[], object]) -> Callable[[], None]:
     """Replays of a graph of the run."""
     side = torch.cuda.Stream()
@@ -99,7 +140,8 @@ def captured(run: Callable[[], object]) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         kept = run()
 
-    def replay(kept: object = kept) -> None:
+    def replay(kept: object = (run, kept)) -> None:
+        """What the graph reads and writes lives as long as this."""
         graph.replay()
 
     return replay
@@ -213,19 +255,22 @@ def measure(arguments: argparse.Namespace, context: int) -> dict[str, object]:
     if not all(error <= 1.0 for error in errors.values()):
         raise SystemExit(f"wrong at {context} tokens: {errors}")
     parts = kernel_times(attend)
-    runs = {"nsa": captured(attend), **baselines(batch, context, tokens, heads, kv_heads, dim)}
+    runs = {"nsa": captured(attend)}
+    runs |= layer_steps(batch, context, tokens, heads, kv_heads, dim, arguments.repeats)
+    runs |= baselines(batch, context, tokens, heads, kv_heads, dim)
     taken = times(runs, arguments.repeats)
     read = {name: batch * size for name, size in bytes_read(context, tokens, heads, kv_heads, dim).items()}
     own = sum(size for name, size in read.items() if name != "dense")
     rates = {
-        name: (own if name == "nsa" else read["dense"]) / (us["median"] * 1e-6) / 1e12 for name, us in taken.items()
+        name: (own if name.startswith("nsa") else read["dense"]) / (us["median"] * 1e-6) / 1e12
+        for name, us in taken.items()
     }
     shape = f"{batch} sequences of {context} tokens, {tokens} new, {heads}/{kv_heads} heads of {dim}"
     print(shape, {name: f"{error:.2f}" for name, error in errors.items()}, "of what errors may be")
     for name, us in taken.items():
         ratio = us["median"] / taken["nsa"]["median"]
         spread = f"{us['first_tenth']:.1f} to {us['last_tenth']:.1f}"
-        print(f"    {name:10} {us['median']:9.1f} us ({spread})  {rates[name]:5.2f} TB/s  {ratio:6.2f}x")
+        print(f"    {name:11} {us['median']:9.1f} us ({spread})  {rates[name]:5.2f} TB/s  {ratio:6.2f}x")
     print("    kernels, us: " + ", ".join(f"{name} {us:.1f}" for name, us in parts.items()), flush=True)
     return {
         "shape": shape,
@@ -240,7 +285,11 @@ def measure(arguments: argparse.Namespace, context: int) -> dict[str, object]:
         },
         "errors_of_budgets": errors,
         "us": taken,
-        "speedup_over": {name: us["median"] / taken["nsa"]["median"] for name, us in taken.items() if name != "nsa"},
+        "speedup_over": {
+            name: {own: us["median"] / taken[own]["median"] for own in ("nsa", "nsa, step")}
+            for name, us in taken.items()
+            if not name.startswith("nsa")
+        },
         "bytes": read,
         "tb_per_s": rates,
         "kernels_us": parts,

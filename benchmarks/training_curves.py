@@ -5,7 +5,8 @@
 Trains `examples/demo.toml` for some steps three times at once, each in a process of its own: on the Triton kernels, on
 the blockwise operators with the same seed (so the same text in the same order, and the same first weights), and on the
 Triton kernels with another seed, whose distance from the first is the noise of a run. Writes the held-out losses and
-mean training losses as JSON, and a plot. `--plot-only` draws the JSON again.
+mean training losses as JSON, and a plot. With `--runs`, runs are kept there, and continued if they were stopped.
+`--plot-only` draws the JSON again.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import multiprocessing
 import sys
 import tempfile
+from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
 
@@ -36,10 +38,10 @@ def one_run(name: str, steps: int, folder: str) -> dict[str, object]:
     """A run's curves."""
     impl, seed = RUNS[name]
     settings = tomllib.loads(CONFIG.read_text(encoding="utf-8"))
-    settings |= {"steps": steps, "eval_every": 100, "save_every": steps, "device": "cuda", "impl": impl, "seed": seed}
-    folder = str(Path(folder) / name.replace(", ", "-").replace(" ", "-"))
-    train(TrainConfig.from_dict(settings), folder)
-    records = log.read(Path(folder) / LOG_FILE)
+    settings |= {"steps": steps, "eval_every": 200, "save_every": 100, "device": "cuda", "impl": impl, "seed": seed}
+    run = Path(folder) / name.replace(", ", "-").replace(" ", "-")
+    train(TrainConfig.from_dict(settings), run, resume=any(run.glob("step-*")))
+    records = log.read(run / LOG_FILE)
     losses = [record.loss for record in records]
     return {
         "held_out": [[r.step, r.eval_loss] for r in records if r.eval_loss is not None],
@@ -84,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--commit", default=commit(), help="what is measured, where there is no repository")
+    parser.add_argument("--runs", type=Path, help="folder for the runs; a temporary one by default")
     parser.add_argument("--plot-only", action="store_true")
     parser.add_argument("--output", type=Path, required=True, help="folder for the files")
     arguments = parser.parse_args()
@@ -91,10 +94,10 @@ def main() -> None:
     file = arguments.output / "training_curves.json"
     if not arguments.plot_only:
         with (
-            tempfile.TemporaryDirectory() as folder,
+            nullcontext(arguments.runs) if arguments.runs else tempfile.TemporaryDirectory() as folder,
             multiprocessing.get_context("spawn").Pool(len(RUNS)) as pool,
         ):
-            curves = pool.starmap(one_run, [(name, arguments.steps, folder) for name in RUNS])
+            curves = pool.starmap(one_run, [(name, arguments.steps, str(folder)) for name in RUNS])
         by_name = dict(zip(RUNS, curves, strict=True))
         report = {
             "command": "python benchmarks/training_curves.py " + " ".join(sys.argv[1:]),

@@ -188,6 +188,9 @@ def test_crop_beyond_the_tail():
         cache.crop(100)
     assert cache.lengths == (200,)
     cache.crop(190)
+    # What the tail lost when there were 200 tokens is still lost.
+    with pytest.raises(ValueError, match=r"lengths\[0\] must be at least 190, or 0, got 185"):
+        cache.crop(185)
     cache.crop(0)
     whole = layer_of(CONFIGS["fla"]).new_cache(1, 300, max_crop=0)
     assert not whole.layers[0].has_tail

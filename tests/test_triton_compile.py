@@ -50,7 +50,7 @@ from flash_sparse_attention.impl.triton.tuning import (
     score_tiles,
     tiles_of,
 )
-from flash_sparse_attention.types import Place
+from flash_sparse_attention.types import Compression, Place
 from gpuless import SHARED_BYTES, TENSOR_MEMORY_COLUMNS, Compiled, Compiler
 
 # The package has a function of this name.
@@ -292,7 +292,7 @@ class DecodeCase:
         return f"sm_{self.arch}-{dtype}-dims{dims}-group{self.group}-{self.tokens}-pages{columns}x{page_size}"
 
 
-CACHE_WRITES = ("_store_pair", "_gather_pair")
+CACHE_WRITES = ("_store_rows", "_gather_windows", "_pool_windows", "_plan_step")
 # As above; none of it is in a loop.
 DECODE_SPILL_BYTES = {DecodeCase(90): 13, DecodeCase(100): 4}
 DECODE_CASES = [
@@ -328,9 +328,14 @@ def compile_decode(compiler: Compiler, case: DecodeCase, batch: int = 16) -> lis
         )
         rows_new = tuple(new(batch, NUM_KV_HEADS, dim) for dim in case.dims)
         angles = tuple(new(batch, dim_k // 2, dtype=torch.float32) for _ in range(2))
-        for by in (None, angles):
-            cache_write.store_rows((pages.k, pages.v), rows_new, place, by)
-        cache_write.gather_windows((pages.k, pages.v), rows_new, place, place.row, place.exists)
+        pools, mean = (pages.k, pages.v), Compression()
+        for count, by in ((3, None), (1, angles)):
+            cache_write.store_rows([(pools, rows_new, place)] * count, by)
+        kept, chosen = Place(*(x[:, None].expand(-1, KERNEL_SIZE) for x in place)), (place.row, place.exists)
+        cache_write.gather_windows(pools, rows_new, place, *chosen)
+        wide = tuple(x[:, None].expand(-1, KERNEL_SIZE) for x in chosen)
+        cache_write.pool_windows(pools, pools, rows_new, kept, *wide, place, (mean, mean), angles)
+        cache_write.plan_step(lens, table, case.tokens, KERNEL_SIZE, KERNEL_STRIDE, 20, page_size, 64)
     assert out.shape == (*q.shape[:3], dim_v)
     return list(launched.values())
 

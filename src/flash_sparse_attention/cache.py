@@ -15,7 +15,7 @@ Shape suffixes: N new tokens, W windows that became full, L tokens of a window, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -25,8 +25,9 @@ from torch import Tensor
 
 from . import geometry
 from .config import NSAConfig
-from .functional import gather_windows, store_rows
-from .types import KVPages, Place, SequenceLayout
+from .functional import compress, gather_windows, plan_step, pool_windows, store_rows
+from .impl import PLAN_STEP, POOL_WINDOWS, available
+from .types import Compression, KVPages, Place, SequenceLayout
 from .validation import FLOAT_DTYPES, bad, check_positive, check_tensor
 
 # Tokens that `crop` may take back at any time, by default: more than speculative decoding proposes.
@@ -34,8 +35,6 @@ MAX_CROP = 64
 FIRST_CAPACITY = 1024  # tokens, of a cache that grows
 # New tokens of a sequence up to which attention reads the cache where it is; for more, it is read once for all of them.
 FEW_TOKENS = 16
-
-Compress = Callable[[Tensor, SequenceLayout], Tensor]
 
 
 class Branches(NamedTuple):
@@ -72,7 +71,9 @@ class Step:
     """The tokens that are being appended, the same for all layers.
 
     Attributes:
-        layout: of the new tokens, behind those that the cache holds.
+        new_layout: of the new tokens alone.
+        lengths: tokens of each sequence with the new ones, as far as the host knows.
+        seq_lens: the same on the device.
         positions: of the new tokens, int64 `[N]`.
         place: where they go.
         tail: where those go that the tail keeps.
@@ -82,7 +83,9 @@ class Step:
         memory: what a layer computed and others can use.
     """
 
-    layout: SequenceLayout
+    new_layout: SequenceLayout
+    lengths: tuple[int, ...]
+    seq_lens: Tensor
     positions: Tensor
     place: Place
     tail: Place
@@ -92,9 +95,13 @@ class Step:
     memory: dict[Any, Any] = field(default_factory=dict)
 
     @property
-    def new_layout(self) -> SequenceLayout:
-        """Of the new tokens alone."""
-        return SequenceLayout(self.layout.lengths, self.layout.cu_seqlens)
+    def layout(self) -> SequenceLayout:
+        """Of the new tokens, behind those that the cache holds."""
+        if "layout" not in self.memory:
+            bounds = torch.cat([self.seq_lens.new_zeros(1), self.seq_lens.cumsum(0, dtype=torch.int32)])
+            keys = SequenceLayout(self.lengths, bounds)
+            self.memory["layout"] = SequenceLayout(self.new_layout.lengths, self.new_layout.cu_seqlens, keys)
+        return self.memory["layout"]
 
 
 class NSACache:
@@ -200,6 +207,8 @@ class NSACache:
             torch.arange(batch, out=self.page_table[:, 0])
         self._pages: list[list[int]] = [[] if self.paged else [b] for b in range(batch)]
         self._lengths = [0] * batch
+        # The longest that each was since it was empty: what its tail holds goes by that.
+        self._peaks = [0] * batch
         self._limit = columns * page_size if self.paged or capacity is None else capacity
         self._step: Step | None = None
         if pools is not None and len(pools) != num_layers:
@@ -249,16 +258,14 @@ class NSACache:
         if not capturing:
             self._make_room([past + new for past, new in zip(self._lengths, layout.lengths, strict=True)])
         self._step = step = self._step_of(layout, capturing)
-        counts = layout.cu_seqlens.diff()
-        self.seq_lens.add_(counts)
         try:
             yield step
         except BaseException:
-            self.seq_lens.sub_(counts)
+            self.seq_lens.sub_(layout.cu_seqlens.diff())
             raise
         else:
             if not capturing:
-                self._lengths = list(step.layout.keys.lengths)
+                self._advance(step.lengths)
         finally:
             self._step = None
 
@@ -276,7 +283,7 @@ class NSACache:
         if self.growing and max(longer) > self._limit:
             raise bad("capacity", "given for a cache of which graphs are captured", None, "growing moves its tensors")
         self._make_room(longer)
-        self._lengths = longer
+        self._advance(longer)
 
     def crop(self, lengths: int | Sequence[int]) -> None:
         """Takes back all tokens from these lengths on, as when proposed tokens are rejected. 0 empties a sequence.
@@ -294,10 +301,10 @@ class NSACache:
             raise bad("lengths", f"B={self.batch} integers of at least 0", list(lengths))
         shorter = [min(new, old) for new, old in zip(lengths, self._lengths, strict=True)]
         for b, (new, old) in enumerate(zip(shorter, self._lengths, strict=True)):
-            if not self._tail_reaches(new, old):
+            if new != old and not self._tail_reaches(new, self._peaks[b]):
                 cure = "make the cache with a larger max_crop"
-                raise bad(f"lengths[{b}]", f"at least {old - (self.max_crop or 0)}, or 0", new, cure)
-        self._set_lengths(shorter)
+                raise bad(f"lengths[{b}]", f"at least {self._peaks[b] - (self.max_crop or 0)}, or 0", new, cure)
+        self._set_lengths(shorter, [peak if new else 0 for new, peak in zip(shorter, self._peaks, strict=True)])
 
     def reorder(self, order: Sequence[int] | Tensor) -> None:
         """Sequence b becomes what sequence `order[b]` was, as beam search wants it; copies the cache.
@@ -314,7 +321,7 @@ class NSACache:
         for layer in self.layers:
             for pool in layer.pools():
                 pool.copy_(pool.index_select(0, index))
-        self._set_lengths([self._lengths[x] for x in numbers])
+        self._set_lengths([self._lengths[x] for x in numbers], [self._peaks[x] for x in numbers])
 
     def set_pages(self, page_table: Tensor, lengths: Sequence[int] | None = None) -> None:
         """Gives the sequences of a paged cache their pages, and sets lengths where they differ from what is known.
@@ -346,7 +353,8 @@ class NSACache:
         table[:, : page_table.shape[1]] = page_table.cpu()
         self.page_table.copy_(table)
         self._pages = pages
-        self._set_lengths(wanted)
+        same = zip(wanted, self._lengths, self._peaks, strict=True)
+        self._set_lengths(wanted, [peak if new == old else new for new, old, peak in same])
 
     def _check_pages(self, pages: list[list[int]], lengths: Sequence[int]) -> None:
         """Pages exist, are enough for the lengths, and those that are written to have one owner."""
@@ -394,62 +402,88 @@ class NSACache:
             layer.grow(size)
         self.page_size = self._limit = size
 
-    def _set_lengths(self, lengths: Sequence[int]) -> None:
+    def _advance(self, lengths: Sequence[int]) -> None:
+        """The host follows the device."""
         self._lengths = list(lengths)
+        self._peaks = [max(pair) for pair in zip(lengths, self._peaks, strict=True)]
+
+    def _set_lengths(self, lengths: Sequence[int], peaks: Sequence[int]) -> None:
+        self._lengths, self._peaks = list(lengths), list(peaks)
         self.seq_lens.copy_(torch.tensor(self._lengths, dtype=torch.int32))
 
     def _tail_rows(self) -> int | None:
         """Rows of the tail of a page: what windows that are not full need, and what may be taken back."""
         return None if self.max_crop is None else self.config.kernel_size + self.max_crop
 
-    def _tail_reaches(self, new: int, old: int) -> bool:
-        """Whether the tail still holds what windows need that become full behind token `new`."""
+    def _tail_reaches(self, new: int, peak: int) -> bool:
+        """Whether the tail, written to up to `peak`, holds what windows need that become full behind token `new`."""
         rows = min(self._tail_rows() or self.page_size, self.page_size)
-        if new == old or new == 0 or not self.layers[0].has_tail:
+        if new == 0 or not self.layers[0].has_tail:
             return True
         oldest = geometry.window_start(
             geometry.num_compressed_tokens(new, self.config.kernel_size, self.config.kernel_stride),
             self.config.kernel_stride,
         )
         for page in range(oldest // self.page_size, (new - 1) // self.page_size + 1):
-            begin, end = page * self.page_size, min((page + 1) * self.page_size, old)
+            begin, end = page * self.page_size, min((page + 1) * self.page_size, peak)
             if max(oldest, begin) < end - rows:
                 return False
         return True
 
     def _step_of(self, new: SequenceLayout, capturing: bool) -> Step:
-        """The places of new tokens. Within a capture lengths are only known on the device."""
-        past_B = self.seq_lens.long()
-        after_B = past_B + new.cu_seqlens.diff()
-        bounds = torch.cat([after_B.new_zeros(1), after_B.cumsum(0)]).to(torch.int32)
+        """The places of new tokens; `seq_lens` counts them from now on.
+
+        Within a capture lengths are only known on the device.
+        """
         lengths = tuple(past + count for past, count in zip(self._lengths, new.lengths, strict=True))
-        layout = SequenceLayout(new.lengths, new.cu_seqlens, SequenceLayout(lengths, bounds))
-        ids_N, position_N = layout.sequence_ids(), layout.positions()
-        pages = self.layers[0].pages_with(after_B.to(torch.int32))
+        fresh = not capturing and not any(self._lengths)
+        tokens = new.lengths[0] if len(set(new.lengths)) == 1 else None
+        if tokens is not None and 0 < tokens <= FEW_TOKENS and available(PLAN_STEP, self.device, self.dtype):
+            planned = self._planned(new, tokens, lengths, capturing)
+            return Step(new, lengths, self.seq_lens, *planned, fresh, tokens)
+        past_B = self.seq_lens.long()
+        self.seq_lens.add_(new.cu_seqlens.diff())
+        pages = self.layers[0].pages
+        ids_N = new.sequence_ids()
+        position_N = new.positions() + past_B[ids_N]
         place = pages.place(ids_N, position_N)
         rows = self.layers[0].tail_rows
         # Of the new tokens of a page the tail keeps the last.
         page_end_N = (position_N // self.page_size + 1) * self.page_size
-        kept_N = position_N + rows >= after_B[ids_N].minimum(page_end_N)
+        kept_N = position_N + rows >= self.seq_lens[ids_N].minimum(page_end_N)
         tail = Place(place.page, place.row % rows, place.exists & kept_N)
-        fresh = not capturing and not any(self._lengths)
-        uniform = new.lengths[0] if len(set(new.lengths)) == 1 else None
-        windows = self._windows_of(layout, past_B, after_B, pages, capturing)
-        return Step(layout, position_N, place, tail, windows, fresh, uniform)
+        windows = self._windows_of(new, past_B, pages, lengths, capturing)
+        return Step(new, lengths, self.seq_lens, position_N, place, tail, windows, fresh, tokens)
+
+    def _planned(
+        self, new: SequenceLayout, tokens: int, lengths: tuple[int, ...], capturing: bool
+    ) -> tuple[Tensor, Place, Place, Windows | None]:
+        """The same by a kernel, for a few tokens: as many windows as could become full, of which some do not exist."""
+        first = self.layers[0]
+        sizes = self.config.kernel_size, self.config.kernel_stride
+        pools = len(first.k), self.page_size, first.tail_rows
+        position, place, tail, starts, to, kept, number, is_new = plan_step(
+            self.seq_lens, self.page_table, tokens, *sizes, *pools
+        )
+        if not capturing and not any(self._filled(lengths)):
+            return position, place, tail, None
+        of = SequenceLayout.uniform(len(starts), sizes[0], self.device)
+        return position, place, tail, Windows(of, starts, to, kept, number, is_new)
+
+    def _filled(self, lengths: Sequence[int]) -> list[int]:
+        """Windows of each sequence that become full when it has so many tokens."""
+        sizes = self.config.kernel_size, self.config.kernel_stride
+        return [
+            geometry.num_compressed_tokens(after, *sizes) - geometry.num_compressed_tokens(past, *sizes)
+            for after, past in zip(lengths, self._lengths, strict=True)
+        ]
 
     def _windows_of(
-        self, layout: SequenceLayout, past_B: Tensor, after_B: Tensor, pages: KVPages, capturing: bool
+        self, new: SequenceLayout, past_B: Tensor, pages: KVPages, lengths: tuple[int, ...], capturing: bool
     ) -> Windows | None:
         """The windows that the new tokens fill; within a capture as many as could be, of which some do not exist."""
         l, d = self.config.kernel_size, self.config.kernel_stride
-        if capturing:
-            most = [-(-count // d) for count in layout.lengths]
-        else:
-            totals = zip(layout.keys.lengths, self._lengths, strict=True)
-            most = [
-                geometry.num_compressed_tokens(after, l, d) - geometry.num_compressed_tokens(past, l, d)
-                for after, past in totals
-            ]
+        most = [-(-count // d) for count in new.lengths] if capturing else self._filled(lengths)
         if not any(most):
             return None
         of = _layout(most, self.device, capturing)
@@ -458,8 +492,8 @@ class NSACache:
         starts_W = geometry.window_start(window_W, d)
         token_WL = starts_W[:, None] + torch.arange(l, device=self.device)
         is_new_WL = token_WL >= past_B[ids_W, None]
-        first_B = layout.cu_seqlens[:-1].long() - past_B
-        new_WL = (token_WL + first_B[ids_W, None]).clamp(0, max(0, layout.total_tokens - 1))
+        first_B = new.cu_seqlens[:-1].long() - past_B
+        new_WL = (token_WL + first_B[ids_W, None]).clamp(0, max(0, new.total_tokens - 1))
         place = pages.place(ids_W[:, None], token_WL)
         tail = Place(place.page, place.row % self.layers[0].tail_rows, place.exists)
         return Windows(
@@ -547,35 +581,64 @@ class LayerCache:
         self,
         k: Branches,
         v: Branches,
-        compress_k: Compress,
-        compress_v: Compress,
+        compression_k: Compression,
+        compression_v: Compression,
         by: tuple[Tensor, Tensor] | None = None,
+        impl: str = "auto",
     ) -> None:
         """Keeps the new tokens, and compresses the windows that they fill.
 
         Args:
-            k: keys `[N, Hk, Dk]`: for the compressed branch as the compressor takes them, for the others rotated.
+            k: keys `[N, Hk, Dk]`: for the compressed branch as they are compressed, for the others rotated.
             v: values `[N, Hk, Dv]`.
-            compress_k: makes compressed keys `[W, Hk, Dk]` of packed tokens and their layout.
-            compress_v: the same for values.
+            compression_k: how keys are compressed.
+            compression_v: how values are.
             by: cosine and sine `[W, Dk / 2]` by which compressed keys are rotated, for the first tokens of
                 `step.windows`; None if they are not.
+            impl: implementation of `compress`.
         """
-        step, windows = self.step, self.step.windows
+        step = self.step
         # The windows before the tail, which new tokens would write over.
-        if windows is not None:
-            rows, layout = (k.compressed, v.compressed), step.new_layout
-            if not step.fresh:
-                tails = self.k_tail, self.v_tail
-                rows = gather_windows(tails, rows, windows.tail, windows.new, windows.is_new)
-                layout = windows.layout
-            compressed = compress_k(rows[0], layout), compress_v(rows[1], layout)
-            store_rows((self.k_compressed, self.v_compressed), compressed, windows.place, by)
-        store_rows((self.k, self.v), (k.selected, v.selected), step.place)
+        if step.windows is not None:
+            self._append_compressed(
+                step, step.windows, k.compressed, v.compressed, compression_k, compression_v, by, impl
+            )
+        pairs = [((self.k, self.v), (k.selected, v.selected), step.place)]
         if self.k_window is not self.k:
-            store_rows((self.k_window, self.v_window), (k.window, v.window), step.place)
+            pairs.append(((self.k_window, self.v_window), (k.window, v.window), step.place))
         if self.has_tail:
-            store_rows((self.k_tail, self.v_tail), (k.compressed, v.compressed), step.tail)
+            pairs.append(((self.k_tail, self.v_tail), (k.compressed, v.compressed), step.tail))
+        store_rows(pairs)
+
+    def _append_compressed(
+        self,
+        step: Step,
+        windows: Windows,
+        k: Tensor,
+        v: Tensor,
+        compression_k: Compression,
+        compression_v: Compression,
+        by: tuple[Tensor, Tensor] | None,
+        impl: str,
+    ) -> None:
+        """Compresses windows of tokens that are in the tail or among the new ones `k` and `v`."""
+        config, pools = self.cache.config, (self.k_compressed, self.v_compressed)
+        tails, chosen = (self.k_tail, self.v_tail), (windows.tail, windows.new, windows.is_new)
+        both = compression_k, compression_v
+        pooled = all(one.kind in ("mean", "weighted") for one in both)
+        if pooled and not step.fresh and impl == "auto" and available(POOL_WINDOWS, k.device, k.dtype):
+            pool_windows(pools, tails, (k, v), *chosen, windows.place, both, by)
+            return
+        layout = step.new_layout
+        if not step.fresh:
+            k, v = gather_windows(tails, (k, v), *chosen)
+            layout = windows.layout
+        sizes: dict[str, Any] = {"kernel_size": config.kernel_size, "kernel_stride": config.kernel_stride}
+        k_compressed, v_compressed = (
+            compress(x, **one._asdict(), **sizes, cu_seqlens=layout, impl=impl)
+            for x, one in zip((k, v), both, strict=True)
+        )
+        store_rows([(pools, (k_compressed, v_compressed), windows.place)], by)
 
     def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """k, v, k_window, v_window of all tokens `[N, Hk, D]`, packed by `step.layout.keys`."""

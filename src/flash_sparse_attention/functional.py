@@ -18,7 +18,7 @@ Sources: NSA, arXiv 2502.11089, equations 5 to 12; FSA, arXiv 2508.18224.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +28,18 @@ from torch import Tensor
 from . import geometry
 from .config import NSAConfig, compression_kinds
 from .geometry import Interval
-from .impl import GATHER_WINDOWS, STORE_ROWS, WHOLE, WITH_KVCACHE, Capability, available, load, resolve
+from .impl import (
+    GATHER_WINDOWS,
+    PLAN_STEP,
+    POOL_WINDOWS,
+    STORE_ROWS,
+    WHOLE,
+    WITH_KVCACHE,
+    Capability,
+    available,
+    load,
+    resolve,
+)
 from .precision import no_autocast
 from .types import AttentionOutput, Compression, KVPages, NSAOutput, Place, SequenceLayout
 from .validation import (
@@ -585,17 +596,20 @@ def nsa_attention_with_kvcache(
 
 
 def store_rows(
-    pools: tuple[Tensor, Tensor],
-    rows: tuple[Tensor, Tensor],
-    place: Place,
+    pairs: Sequence[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Place]],
     by: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Writes keys and values `[N, Hk, D]` to their places in pools `[P, rows, Hk, D]`; what has no place is dropped.
+    """Writes keys and values to their places in pools; what has no place is dropped.
 
-    No two of them may have the same place. With `by`, cosine and sine `[N, D / 2]`, keys are rotated first.
+    Args:
+        pairs: at most three of (pools of keys and values `[P, rows, Hk, D]`, keys and values `[N, Hk, D]`, places),
+            of the same N, heads and channels. No two rows may have the same place.
+        by: cosine and sine `[N, D / 2]` by which keys are rotated first.
     """
-    compute = load(resolve(STORE_ROWS, "auto", pools[0].device, pools[0].dtype))
-    compute(pools, tuple(x.detach() for x in rows), place, by)
+    pool = pairs[0][0][0]
+    load(resolve(STORE_ROWS, "auto", pool.device, pool.dtype))(
+        [(pools, tuple(x.detach() for x in rows), place) for pools, rows, place in pairs], by
+    )
 
 
 def gather_windows(
@@ -612,6 +626,44 @@ def gather_windows(
     """
     compute = load(resolve(GATHER_WINDOWS, "auto", tails[0].device, tails[0].dtype))
     return compute(tails, tuple(x.detach() for x in rows), tail, new, is_new)
+
+
+def pool_windows(
+    pools: tuple[Tensor, Tensor],
+    tails: tuple[Tensor, Tensor],
+    rows: tuple[Tensor, Tensor],
+    tail: Place,
+    new: Tensor,
+    is_new: Tensor,
+    place: Place,
+    compressions: tuple[Compression, Compression],
+    by: tuple[Tensor, Tensor] | None,
+) -> None:
+    """`gather_windows`, `compress` to (weighted) means, `store_rows`: all in one."""
+    compute = load(resolve(POOL_WINDOWS, "auto", rows[0].device, rows[0].dtype))
+    compute(pools, tails, tuple(x.detach() for x in rows), tail, new, is_new, place, compressions, by)
+
+
+def plan_step(
+    seq_lens: Tensor,
+    page_table: Tensor,
+    tokens: int,
+    kernel_size: int,
+    kernel_stride: int,
+    num_pages: int,
+    page_size: int,
+    tail_rows: int,
+) -> tuple[Tensor, Place, Place, Tensor, Place, Place, Tensor, Tensor]:
+    """Appends `tokens` to each sequence: adds them to `seq_lens` `[B]`, and says where things go.
+
+    Returns:
+        Positions of the new tokens `[B * tokens]`, their places, and those in the tail; then of `ceil(tokens / d)`
+        windows of each sequence, those that become full first: positions of their first tokens, places of their
+        compressed tokens, and what `gather_windows` takes: where their tokens are kept, which new ones they are, and
+        whether they are new.
+    """
+    compute = load(resolve(PLAN_STEP, "auto", seq_lens.device, torch.float32))
+    return compute(seq_lens, page_table, tokens, kernel_size, kernel_stride, num_pages, page_size, tail_rows)
 
 
 def check_pages(pages: KVPages, config: NSAConfig) -> None:

@@ -24,6 +24,8 @@ WHOLE = "nsa_attention"
 WITH_KVCACHE = "nsa_attention_with_kvcache"
 # The writing of a cache, which is nothing for users.
 CACHE_WRITES = STORE_ROWS, GATHER_WINDOWS = ("store_rows", "gather_windows")
+# What is done by several of them, or by operations of PyTorch, where there is no kernel for it.
+FUSED_WRITES = POOL_WINDOWS, PLAN_STEP = ("pool_windows", "plan_step")
 IMPLEMENTATIONS = ("reference", "blockwise", "triton")
 # Found out here, as torch.compile cannot trace the search.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -127,7 +129,10 @@ CAPABILITIES: tuple[Capability, ...] = (
         max_reach=1,
         max_slots=256,
     ),
-    *(Capability(op, "triton", "triton", ("cuda",), _FLOATS, True, "a Triton kernel") for op in CACHE_WRITES),
+    *(
+        Capability(op, "triton", "triton", ("cuda",), _FLOATS, True, "a Triton kernel")
+        for op in (*CACHE_WRITES, *FUSED_WRITES)
+    ),
     *(
         Capability(
             op,

@@ -330,11 +330,12 @@ class NativeSparseAttention(nn.Module):
         by = None
         if step.windows is not None and self.config.rope == "after":
             by = self._step_rotation(step, "windows", step.windows.starts, k.selected.dtype)
-        cache.append(k, v, self.compressor_k, self.compressor_v, by)
+        dtype = k.selected.dtype
+        cache.append(k, v, self.compressor_k.compression(dtype), self.compressor_v.compression(dtype), by, self.impl)
         if step.fresh:
             return self._attend_packed(q, k, v, *cache.packed_compressed(), gates, step.new_layout)
         if step.tokens is not None and step.tokens <= FEW_TOKENS:
-            sizes = (step.layout.batch, step.tokens)
+            sizes = (step.new_layout.batch, step.tokens)
             result = nsa_attention_with_kvcache(
                 q.unflatten(0, sizes),
                 gates.unflatten(0, sizes),
@@ -378,8 +379,8 @@ class NativeSparseAttention(nn.Module):
                 raise bad("cache", f"made for {name}={wanted}", got, "new_cache of the layer makes one")
         if position_ids is not None:
             raise bad("position_ids", "left out with a cache", "both", "positions are counted on")
-        if layout.lengths != cache.step.layout.lengths:
-            expected = f"of the lengths {list(cache.step.layout.lengths)} by which the cache is extended"
+        if layout.lengths != cache.step.new_layout.lengths:
+            expected = f"of the lengths {list(cache.step.new_layout.lengths)} by which the cache is extended"
             raise bad("hidden_states", expected, list(layout.lengths))
         return cache.step.positions
 

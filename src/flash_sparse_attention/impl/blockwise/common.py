@@ -10,10 +10,17 @@ from ...types import SequenceLayout
 
 # Elements of a tile of scores, the widest temporary of the inner loops: 4 MiB of float32, which caches still hold.
 SCORE_TILE = 1 << 20
+# Where launches cost more than caches save, tiles have so many times as many queries and keys.
+DEVICE_QUERIES, DEVICE_KEYS = 16, 4
 SHIFT_TILE = 1024  # tokens
 
 # Scores are kept in log2 units: exp2 is 1.5x faster than exp, and exp slows down 10x where its result underflows.
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
+
+
+def larger_tiles(device: torch.device) -> tuple[int, int]:
+    """How many times as many queries, and keys, a tile has on this device."""
+    return (1, 1) if device.type == "cpu" else (DEVICE_QUERIES, DEVICE_KEYS)
 
 
 class Scratch:

@@ -21,6 +21,7 @@ from .common import (
     Scratch,
     empty_outputs,
     head_major,
+    larger_tiles,
     layout_of,
     normaliser_log2,
     rows,
@@ -67,10 +68,11 @@ def tiles(interval: Interval, layout: SequenceLayout, num_heads: int) -> Iterato
     key_bounds = layout.compressed(interval.kernel_size, interval.kernel_stride).cu_seqlens
     first_key_T, position_T = key_bounds[layout.sequence_ids()], layout.positions()
     start_T, end_T = first_key_T + interval.start(position_T), first_key_T + interval.end(position_T)
-    size, key_tile = QUERY_TILE, KEY_TILE
-    if interval.window_size is not None and interval.window_size + WINDOW_QUERY_TILE <= LARGEST_WINDOW_TILE:
-        size, key_tile = WINDOW_QUERY_TILE, interval.window_size + WINDOW_QUERY_TILE
-    size = max(1, min(size, SCORE_TILE // (key_tile * num_heads)))
+    more_queries, more_keys = larger_tiles(layout.device)
+    size, key_tile, window_tile = QUERY_TILE * more_queries, KEY_TILE * more_keys, WINDOW_QUERY_TILE * more_queries
+    if interval.window_size is not None and interval.window_size + window_tile <= LARGEST_WINDOW_TILE * more_queries:
+        size, key_tile = window_tile, interval.window_size + window_tile
+    size = max(1, min(size, SCORE_TILE * more_queries * more_keys // (key_tile * num_heads)))
     firsts = torch.arange(0, layout.total_tokens, size, device=layout.device)
     lasts = (firsts + size).clamp(max=layout.total_tokens) - 1
     sequence_T = layout.sequence_ids()

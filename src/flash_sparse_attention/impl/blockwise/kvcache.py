@@ -39,19 +39,20 @@ def nsa_attention_with_kvcache(
 
 
 def store_rows(
-    pools: tuple[Tensor, Tensor], rows: tuple[Tensor, Tensor], place: Place, by: tuple[Tensor, Tensor] | None
+    pairs: list[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Place]], by: tuple[Tensor, Tensor] | None
 ) -> None:
     """As `functional.store_rows`."""
-    if by is not None:
-        (cos, sin), (first, second) = (x[:, None] for x in by), wide(rows[0]).chunk(2, -1)
-        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-        rows = rotated.to(rows[0].dtype), rows[1]
-    page, row = place.page, place.row
-    if not place.exists.all():
-        page, row = page[place.exists], row[place.exists]
-        rows = rows[0][place.exists], rows[1][place.exists]
-    for pool, x in zip(pools, rows, strict=True):
-        pool[page, row] = x
+    for pools, rows, place in pairs:
+        if by is not None:
+            (cos, sin), (first, second) = (x[:, None] for x in by), wide(rows[0]).chunk(2, -1)
+            rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+            rows = rotated.to(rows[0].dtype), rows[1]
+        page, row = place.page, place.row
+        if not place.exists.all():
+            page, row = page[place.exists], row[place.exists]
+            rows = rows[0][place.exists], rows[1][place.exists]
+        for pool, x in zip(pools, rows, strict=True):
+            pool[page, row] = x
 
 
 def gather_windows(

@@ -28,6 +28,7 @@ from .common import (
     SCORE_TILE,
     Scratch,
     empty_outputs,
+    larger_tiles,
     layout_of,
     normaliser_log2,
     save_attention,
@@ -135,7 +136,8 @@ class _InvertedIndex(NamedTuple):
         blocks = layout.blocks(block_size)
         block_sequence, block_position = blocks.sequence_ids(), blocks.positions()
         num_segments, pairs = self.row_SP.shape
-        batch_size = max(1, SCORE_TILE // (pairs * group * block_size))
+        more_queries, more_keys = larger_tiles(layout.device)
+        batch_size = max(1, SCORE_TILE * more_queries * more_keys // (pairs * group * block_size))
         for masked, begin, stop in ((True, 0, self.masked_segments), (False, self.masked_segments, num_segments)):
             for first in range(begin, stop, batch_size):
                 at = slice(first, min(first + batch_size, stop))

@@ -237,7 +237,7 @@ def _decode_tiles(
     share = next(s for s in range(1, selected + window) if -(-selected // s) - (-window // s) <= most)
     selected_splits, window_splits = -(-selected // share), -(-window // share)
     held = padded(compressed + selected_splits + window_splits) * padded(dims[1])
-    blocks = max(16, SELECT_CHUNKS // padded(config.block_size // config.kernel_stride, 1))
+    blocks = max(4, SELECT_CHUNKS // padded(config.block_size // config.kernel_stride, 1))
     return DecodeTiles(
         rows=rows,
         compressed_keys=keys,
