@@ -11,6 +11,9 @@ those that refuse are left out. Bytes are what a call has to read of its cache, 
 "nsa, step" is what a layer does besides its projections: in an `NSACache`, keys and values of the new tokens are kept,
 windows that they fill are compressed (mean), and the attention follows. "nsa, places" is what all layers of a model
 share: where new tokens go, which windows they fill.
+
+`--prefill` reads a prompt of so many tokens with a layer of 4,096 hidden channels, at once and in pieces of 8,192, into
+a cache, beside the same layer's forward pass without one.
 """
 
 from __future__ import annotations
@@ -36,10 +39,12 @@ from flash_sparse_attention import Interval, KVPages, NSACache, NSAConfig, Seque
 from flash_sparse_attention.accuracy.budgets import compare, compare_selection
 from flash_sparse_attention.cache import Branches
 from flash_sparse_attention.impl import reference
+from flash_sparse_attention.nn import NativeSparseAttention
 
 CONFIG = NSAConfig()
 DTYPE = torch.bfloat16
 FILLED_AT_ONCE = 4096  # tokens of a sequence
+HIDDEN, PIECE = 4096, 8192  # channels of the layer that reads a prompt, tokens of a piece
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -256,7 +261,8 @@ def measure(arguments: argparse.Namespace, context: int) -> dict[str, object]:
         raise SystemExit(f"wrong at {context} tokens: {errors}")
     parts = kernel_times(attend)
     runs = {"nsa": captured(attend)}
-    runs |= layer_steps(batch, context, tokens, heads, kv_heads, dim, arguments.repeats)
+    if arguments.page_size is None:
+        runs |= layer_steps(batch, context, tokens, heads, kv_heads, dim, arguments.repeats)
     runs |= baselines(batch, context, tokens, heads, kv_heads, dim)
     taken = times(runs, arguments.repeats)
     read = {name: batch * size for name, size in bytes_read(context, tokens, heads, kv_heads, dim).items()}
@@ -286,7 +292,7 @@ def measure(arguments: argparse.Namespace, context: int) -> dict[str, object]:
         "errors_of_budgets": errors,
         "us": taken,
         "speedup_over": {
-            name: {own: us["median"] / taken[own]["median"] for own in ("nsa", "nsa, step")}
+            name: {own: us["median"] / taken[own]["median"] for own in ("nsa", "nsa, step") if own in taken}
             for name, us in taken.items()
             if not name.startswith("nsa")
         },
@@ -296,6 +302,53 @@ def measure(arguments: argparse.Namespace, context: int) -> dict[str, object]:
     }
 
 
+def measure_prefill(arguments: argparse.Namespace, tokens: int) -> dict[str, object]:
+    """Milliseconds of a layer over a prompt, by preset: without a cache, into one, and in pieces."""
+    results: dict[str, object] = {"tokens": tokens, "piece": PIECE, "hidden_size": HIDDEN}
+    flush = torch.empty(1 << 28, device="cuda")
+    x = torch.randn(1, tokens, HIDDEN, device="cuda", dtype=DTYPE)
+    for preset in fsa.config.preset_names():
+        heads, kv_heads = arguments.heads
+        sizes = {"config": NSAConfig.preset(preset), "head_dim": arguments.head_dim, "device": "cuda", "dtype": DTYPE}
+        layer = NativeSparseAttention(HIDDEN, heads, kv_heads, **sizes)
+        cache = layer.new_cache(1, tokens)
+
+        def read(piece: int, layer: NativeSparseAttention = layer, cache: NSACache = cache) -> list[Tensor]:
+            cache.crop(0)
+            outs = []
+            for part in x.split(piece, 1):
+                with cache.extend(SequenceLayout.uniform(1, part.shape[1], "cuda")):
+                    outs.append(layer(part, cache=cache.layers[0]))
+            return outs
+
+        runs = {
+            "forward": lambda layer=layer: layer(x),
+            "prefill": functools.partial(read, tokens),
+            "in pieces": functools.partial(read, PIECE),
+        }
+        whole = runs["forward"]()
+        worst = max(
+            ((torch.cat(runs[name](), 1) - whole).float().abs().mean() / whole.float().abs().mean()).item()
+            for name in ("prefill", "in pieces")
+        )
+        if not worst < 2e-2:
+            raise SystemExit(f"wrong prefill, {preset}: {worst}")
+        taken: dict[str, list[float]] = {name: [] for name in runs}
+        for repeat in range(8):
+            for name, run in runs.items():
+                ms = milliseconds(run, flush)
+                if repeat > 0:
+                    taken[name].append(ms)
+        results[preset] = medians = {name: statistics.median(ms) for name, ms in taken.items()}
+        print(
+            f"layer over {tokens} tokens, {preset}: ",
+            {name: round(ms, 2) for name, ms in medians.items()},
+            "ms",
+            flush=True,
+        )
+    return results
+
+
 def main() -> None:
     """Measures and writes the results as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -303,6 +356,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--contexts", type=int, nargs="*", default=[8192, 65536])
     parser.add_argument("--tokens", type=int, default=1, help="new tokens of each sequence, up to 16")
+    parser.add_argument("--prefill", type=int, help="tokens of a prompt whose reading is timed as well")
     parser.add_argument("--heads", type=int, nargs=2, default=(32, 8), metavar=("HQ", "HK"))
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--page-size", type=int, help="tokens of a page; a page for each sequence by default")
@@ -327,9 +381,12 @@ def main() -> None:
         with torch.no_grad():
             report["contexts"].append(measure(arguments, context))
         torch.cuda.empty_cache()
-        if arguments.output is not None:
-            arguments.output.mkdir(parents=True, exist_ok=True)
-            (arguments.output / f"{arguments.name}.json").write_text(json.dumps(report, indent=2) + "\n")
+    if arguments.prefill is not None:
+        with torch.no_grad():
+            report["prefill_ms"] = measure_prefill(arguments, arguments.prefill)
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / f"{arguments.name}.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":

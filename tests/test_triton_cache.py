@@ -36,9 +36,12 @@ def random_place(count: int, pages: int, rows: int) -> Place:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("rotated", [False, True])
-def test_rows_are_stored(rotated: bool, several: bool, dtype: torch.dtype):
+def test_rows_are_stored(rotated: bool, several: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     from flash_sparse_attention.impl import triton
 
+    if several:  # rows as well, of which a program has as many as of a long prompt
+        monkeypatch.setattr("flash_sparse_attention.impl.triton.cache_write.FEW_ROWS", 0)
+        monkeypatch.setattr("flash_sparse_attention.impl.triton.cache_write.ROWS", 4)
     torch.manual_seed(0)
     # Slices of a fused projection, and a pool whose pages hold other things too.
     k, v = torch.randn(9, 2, 80, dtype=dtype)[..., :12], torch.randn(9, 5, 10, dtype=dtype)[:, 1:3]

@@ -642,20 +642,29 @@ class LayerCache:
 
     def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """k, v, k_window, v_window of all tokens `[N, Hk, D]`, packed by `step.layout.keys`."""
-        layout = self.step.layout.keys
-        place = self.pages.place(layout.sequence_ids(), layout.positions())
-        k, v = (x[place.page, place.row] for x in (self.k, self.v))
+        k, v = (self._packed(x, self.step.lengths, 0) for x in (self.k, self.v))
         if self.k_window is self.k:
             return k, v, k, v
-        k_window, v_window = (x[place.page, place.row] for x in (self.k_window, self.v_window))
+        k_window, v_window = (self._packed(x, self.step.lengths, 0) for x in (self.k_window, self.v_window))
         return k, v, k_window, v_window
 
     def packed_compressed(self) -> tuple[Tensor, Tensor]:
         """Compressed keys and values `[M, Hk, D]`, packed by `step.layout.keys`."""
         sizes = self.cache.config.kernel_size, self.cache.config.kernel_stride
-        windows = self.step.layout.keys.compressed(*sizes)
-        place = self.pages.compressed_place(windows.sequence_ids(), windows.positions(), *sizes)
-        return self.k_compressed[place.page, place.row], self.v_compressed[place.page, place.row]
+        counts = [geometry.num_compressed_tokens(length, *sizes) for length in self.step.lengths]
+        first = geometry.newest_chunk(0, *sizes)
+        k, v = (self._packed(x, counts, first) for x in (self.k_compressed, self.v_compressed))
+        return k, v
+
+    def _packed(self, pool: Tensor, counts: Sequence[int], first: int) -> Tensor:
+        """So many rows of each sequence, from row `first` on, one sequence behind the other."""
+        parts = []
+        for b, count in enumerate(counts):
+            pages = -(-(first + count) // pool.shape[1])
+            # A dense cache has one page for each sequence: no copy.
+            rows = pool[self.cache.page_table[b, :pages].long()].flatten(0, 1) if self.cache.paged else pool[b]
+            parts.append(rows[first : first + count])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def pools(self) -> list[Tensor]:
         """All tensors, each once."""

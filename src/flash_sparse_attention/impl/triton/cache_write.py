@@ -1,7 +1,7 @@
 """The writing of a cache: where new tokens go, keys and values to their places, windows that became full.
 
 plan_step        program (sequence)                   positions, places, windows of a step: once for all layers
-store_rows       program (row, kv head, pair)         keys and values to pages
+store_rows       program (tile of rows, kv head, pair)  keys and values to pages
 gather_windows   program (token of a window, head)    tokens of windows, from the tail and from the new ones
 pool_windows     program (window, head, k or v)       the same, averaged, rotated and stored
 """
@@ -17,6 +17,9 @@ from ...types import Compression, Place
 from .primitives import dense_rows, on_its_device, padded
 
 Pair = tuple[Tensor, Tensor]
+
+# Rows of a program that stores: many of a prompt, one of a few new tokens, so that there are enough programs.
+ROWS, FEW_ROWS = 32, 512
 
 
 @on_its_device
@@ -77,13 +80,14 @@ def _launch_store(k: Tensor, pairs: list[tuple[Pair, Pair, Place]], by: Pair | N
     rows = [tuple(map(dense_rows, rows)) for _, rows, _ in three]
     places = [place for _, _, place in three]
     pools = [pool for pool, _, _ in three]
-    _store_rows_kernel[(count, heads, len(pairs))](
+    tile = 1 if count <= FEW_ROWS else ROWS
+    _store_rows_kernel[(triton.cdiv(count, tile), heads, len(pairs))](
         *(tuple(x[i] for x in rows) for i in range(2)), *(by or (None, None)),
         tuple(x.page for x in places), tuple(x.row for x in places), tuple(x.exists for x in places),
         *(tuple(x[i] for x in pools) for i in range(2)),
         *(tuple(x[i].stride(0) for x in rows) for i in range(2)),
         *(tuple(x[i].stride(at) for x in pools) for i in range(2) for at in range(2)),
-        dim_k, dim_v, padded(dim_k), padded(dim_v), len(pairs),
+        count, dim_k, dim_v, padded(dim_k), padded(dim_v), len(pairs), tile,
     )  # fmt: skip
 
 
@@ -250,37 +254,38 @@ def _plan_step_kernel(
 
 
 @triton.jit
-def _store_row(
+def _store_tile(
     k_ptr, v_ptr, cos_ptr, sin_ptr, page_ptr, row_ptr, exists_ptr, k_pool_ptr, v_pool_ptr,
-    k_stride, v_stride, k_page, k_row, v_page, v_row,
-    DIM_K: tl.constexpr, DIM_V: tl.constexpr, PADDED_K: tl.constexpr, PADDED_V: tl.constexpr,
+    count, k_stride, v_stride, k_page, k_row, v_page, v_row,
+    DIM_K: tl.constexpr, DIM_V: tl.constexpr, PADDED_K: tl.constexpr, PADDED_V: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Copies a head of a key and a value to their place; with `cos_ptr`, `[N, DIM_K / 2]`, the key is rotated."""
-    number, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    exists = tl.load(exists_ptr + number) != 0
-    page, row = tl.load(page_ptr + number), tl.load(row_ptr + number)
+    """Copies a head of keys and values to their places; with `cos_ptr`, `[N, DIM_K / 2]`, keys are rotated."""
+    number, head = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
+    exists = tl.load(exists_ptr + number, mask=number < count, other=0) != 0
+    page = tl.load(page_ptr + number, mask=exists, other=0)
+    row = tl.load(row_ptr + number, mask=exists, other=0)
     offs = tl.arange(0, PADDED_K)
-    mask = (offs < DIM_K) & exists
-    k_ptr += number * k_stride + head * DIM_K
-    key = tl.load(k_ptr + offs, mask=mask)
+    mask = exists[:, None] & (offs < DIM_K)[None, :]
+    k_ptr += (number * k_stride + head * DIM_K)[:, None]
+    key = tl.load(k_ptr + offs[None, :], mask=mask)  # [ROWS, DK]
     if cos_ptr is not None:
         # rotary.rotate: channel c turns together with channel c + D / 2.
         HALF: tl.constexpr = DIM_K // 2
         is_first = offs < HALF
-        pair = number * HALF + tl.where(is_first, offs, offs - HALF)
+        pair = (number * HALF)[:, None] + tl.where(is_first, offs, offs - HALF)[None, :]
         cos = tl.load(cos_ptr + pair, mask=mask)
         sin = tl.load(sin_ptr + pair, mask=mask)
-        other = tl.load(k_ptr + tl.where(is_first, offs + HALF, offs - HALF), mask=mask)
-        key = key.to(cos.dtype) * cos + other.to(cos.dtype) * tl.where(is_first, -sin, sin)
-    k_pool_ptr += page * k_page + row * k_row + head * DIM_K
-    tl.store(k_pool_ptr + offs, key.to(k_pool_ptr.dtype.element_ty), mask=mask)
+        other = tl.load(k_ptr + tl.where(is_first, offs + HALF, offs - HALF)[None, :], mask=mask)
+        key = key.to(cos.dtype) * cos + other.to(cos.dtype) * tl.where(is_first[None, :], -sin, sin)
+    to = (page * k_page + row * k_row + head * DIM_K)[:, None] + offs[None, :]
+    tl.store(k_pool_ptr + to, key.to(k_pool_ptr.dtype.element_ty), mask=mask)
     offs = tl.arange(0, PADDED_V)
-    mask = (offs < DIM_V) & exists
-    value = tl.load(v_ptr + number * v_stride + head * DIM_V + offs, mask=mask)
-    tl.store(v_pool_ptr + page * v_page + row * v_row + head * DIM_V + offs, value, mask=mask)
+    mask = exists[:, None] & (offs < DIM_V)[None, :]
+    value = tl.load(v_ptr + (number * v_stride + head * DIM_V)[:, None] + offs[None, :], mask=mask)  # [ROWS, DV]
+    tl.store(v_pool_ptr + (page * v_page + row * v_row + head * DIM_V)[:, None] + offs[None, :], value, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _store_rows_kernel(
     k_ptrs,
     v_ptrs,
@@ -297,24 +302,26 @@ def _store_rows_kernel(
     k_row_strides,
     v_page_strides,
     v_row_strides,
+    count,
     DIM_K: tl.constexpr,
     DIM_V: tl.constexpr,
     PADDED_K: tl.constexpr,
     PADDED_V: tl.constexpr,
     PAIRS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Copies keys and values to their places; see `_store_row`.
+    """Copies keys and values to their places; see `_store_tile`.
 
-    Grid: (row, kv head, pair of pools).
-    Owns: this head of the row's place in its pools, if it has one.
+    Grid: (tile of rows, kv head, pair of pools).
+    Owns: this head of the rows' places in its pools, if they have one.
     Invariant: no loop.
     """
     for i in tl.static_range(PAIRS):
         if tl.program_id(2) == i:
-            _store_row(
+            _store_tile(
                 k_ptrs[i], v_ptrs[i], cos_ptr, sin_ptr, page_ptrs[i], row_ptrs[i], exists_ptrs[i],
-                k_pool_ptrs[i], v_pool_ptrs[i], k_strides[i], v_strides[i], k_page_strides[i], k_row_strides[i],
-                v_page_strides[i], v_row_strides[i], DIM_K, DIM_V, PADDED_K, PADDED_V,
+                k_pool_ptrs[i], v_pool_ptrs[i], count, k_strides[i], v_strides[i], k_page_strides[i],
+                k_row_strides[i], v_page_strides[i], v_row_strides[i], DIM_K, DIM_V, PADDED_K, PADDED_V, ROWS,
             )  # fmt: skip
 
 
