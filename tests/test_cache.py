@@ -92,6 +92,20 @@ def test_groups(heads: tuple[int, int], rope_theta: float | None):
     check(layer, (70, 40), [33, 1, 5], layer.new_cache(2, 128))
 
 
+@pytest.mark.parametrize("preset", ["paper", "fla"])
+def test_thousands_of_tokens(preset: str):
+    # The sizes that people use; a prompt, tokens one by one across the bounds of blocks and windows, long pieces.
+    layer = layer_of(NSAConfig.preset(preset))
+    lengths = (2305, 1, 70, 2113)
+    cache = layer.new_cache(4, 3072, page_size=1024, num_pages=7)
+    table = [[6, 0, 5], [1, -1, -1], [2, -1, -1], [3, 4, -1]]
+    cache.set_pages(torch.tensor(table, dtype=torch.int32))
+    with pytest.raises(ValueError, match="sequence 3 must be of 3 pages, got 2 pages for 2113 tokens"):
+        check(layer, lengths, [2113], cache)
+    assert cache.lengths == (0, 0, 0, 0)
+    check(layer, (2305, 1, 70, 2048), [2017, *[1] * 40, 5, 16, 130, 97], cache)
+
+
 @pytest.mark.parametrize("max_crop", [0, None])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_cache_that_grows(name: str, max_crop: int | None, monkeypatch: pytest.MonkeyPatch):
