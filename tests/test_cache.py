@@ -198,12 +198,12 @@ def test_crop_beyond_the_tail():
     cache = layer.new_cache(1, 300, max_crop=10)
     with cache.extend(SequenceLayout.uniform(1, 200)):
         layer(torch.randn(1, 200, HIDDEN, dtype=torch.float64), cache=cache.layers[0])
-    with pytest.raises(ValueError, match=r"lengths\[0\] must be at least 190, or 0, got 100: make the cache"):
+    with pytest.raises(ValueError, match=r"lengths\[0\] must be 0, or a length that the tail reaches back to, got 100"):
         cache.crop(100)
     assert cache.lengths == (200,)
     cache.crop(190)
     # What the tail lost when there were 200 tokens is still lost.
-    with pytest.raises(ValueError, match=r"lengths\[0\] must be at least 190, or 0, got 185"):
+    with pytest.raises(ValueError, match=r"lengths\[0\] must be 0, or a length that the tail .*, got 185"):
         cache.crop(185)
     cache.crop(0)
     whole = layer_of(CONFIGS["fla"]).new_cache(1, 300, max_crop=0)
@@ -243,6 +243,127 @@ def test_a_failure_leaves_the_cache_as_it_was():
     assert cache.lengths == (50, 50)
     assert cache.seq_lens.tolist() == [50, 50]
     torch.testing.assert_close(model(tokens[:, 50:], cache=cache), model(tokens)[:, 50:], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["paper", "fsa", "fla"])
+def test_a_step_that_failed_half_way(name: str):
+    layer = layer_of(CONFIGS[name])
+    x = torch.randn(1, 400, HIDDEN, dtype=torch.float64)
+    cache = layer.new_cache(1, 400, max_crop=20)
+
+    def append(piece: Tensor, fail: bool = False) -> Tensor:
+        with cache.extend(SequenceLayout.uniform(1, piece.shape[1])):
+            out = layer(piece, cache=cache.layers[0])
+            if fail:
+                raise RuntimeError("out of memory")
+            return out
+
+    with torch.no_grad():
+        expected = layer(x)
+    append(x[:, :101])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        append(torch.randn(1, 15, HIDDEN, dtype=torch.float64), fail=True)
+    torch.testing.assert_close(append(x[:, 101:120]), expected[:, 101:120], rtol=1e-10, atol=1e-10)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        append(torch.randn(1, 150, HIDDEN, dtype=torch.float64), fail=True)
+    assert cache.seq_lens.tolist() == list(cache.lengths) == [120]
+    if cache.layers[0].has_tail:
+        with pytest.raises(ValueError, match="sequence 0 must be whole, got without what its next window needs: crop"):
+            append(x[:, 120:121])
+        cache.crop(0)
+        append(x[:, :120])
+    torch.testing.assert_close(append(x[:, 120:]), expected[:, 120:], rtol=1e-10, atol=1e-10)
+
+
+def test_a_failure_before_anything_is_written(monkeypatch: pytest.MonkeyPatch):
+    layer = layer_of(CONFIGS["paper"])
+    cache = layer.new_cache(2, 60)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(NSACache, "_windows_of", fail)
+        with pytest.raises(RuntimeError), cache.extend(SequenceLayout.uniform(2, 20)):
+            pass
+    assert cache.seq_lens.tolist() == [0, 0]
+    check(layer, (40, 33), [20, 1], cache)
+
+
+def test_a_growth_that_failed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("flash_sparse_attention.cache.FIRST_CAPACITY", 16)
+    layer = layer_of(CONFIGS["paper"])
+    cache = layer.new_cache(1, num_layers=2, max_crop=0)
+    grown = type(cache.layers[1]).grown
+
+    def fail(self: Any, size: int) -> Any:
+        if self.index == 1 and size > 100:
+            raise RuntimeError("out of memory")
+        return grown(self, size)
+
+    monkeypatch.setattr(type(cache.layers[1]), "grown", fail)
+    with pytest.raises(RuntimeError), cache.extend(SequenceLayout.uniform(1, 200)):
+        pass
+    check(layer, (45,), [20, 25], cache)
+
+
+def test_pages_change_hands():
+    layer = layer_of(CONFIGS["fsa"])
+    x = torch.randn(2, 150, HIDDEN, dtype=torch.float64)
+    cache = layer.new_cache(2, 160, page_size=32, num_pages=10, max_crop=0)
+    table = torch.arange(10, dtype=torch.int32).view(2, 5)
+    cache.set_pages(table)
+    with torch.no_grad():
+        expected = layer(x)
+    layout = SequenceLayout.from_lengths([110, 121])
+    with cache.extend(layout):
+        layer(torch.cat([x[0, :110], x[1, :121]]), layout, cache=cache.layers[0])
+    with pytest.raises(ValueError, match="lengths must be such that the tails of the pages reach back so far, got 100"):
+        cache.set_pages(table, [100, 121])
+    with pytest.raises(ValueError, match="lengths must be such that the tails of the pages"):
+        cache.set_pages(table.flip(0), [110, 110])
+    assert cache.lengths == (110, 121)
+    # A full page is a place to go on from; other pages are written anew.
+    cache.set_pages(table.flip(0), [121, 96])
+    rest = SequenceLayout.from_lengths([29, 54])
+    with cache.extend(rest):
+        got = layer(torch.cat([x[1, 121:], x[0, 96:]]), rest, cache=cache.layers[0])
+    torch.testing.assert_close(got, torch.cat([expected[1, 121:], expected[0, 96:]]), rtol=1e-10, atol=1e-10)
+
+
+def test_a_sequence_that_rests_blocks_no_other():
+    layer = layer_of(CONFIGS["fsa"])
+    cache = layer.new_cache(2, 64, page_size=16, num_pages=6)
+    cache.set_pages(torch.tensor([[0, 1, 2, -1], [-1] * 4], dtype=torch.int32))
+    with cache.extend(SequenceLayout.from_lengths([32, 0])):
+        layer(tokens(1, 32)[0], SequenceLayout.from_lengths([32, 0]), cache=cache.layers[0])
+    cache.set_pages(torch.tensor([[0, 1, 2, -1], [0, 1, 3, -1]], dtype=torch.int32), [32, 32])
+    cache.crop([0, 32])
+    layout = SequenceLayout.from_lengths([0, 8])
+    with cache.extend(layout):
+        layer(tokens(1, 8)[0], layout, cache=cache.layers[0])
+    with (
+        pytest.raises(ValueError, match="page 0 in sequences"),
+        cache.extend(SequenceLayout.from_lengths([1, 0])),
+    ):
+        pass
+
+
+def test_nothing_else_happens_within_a_step(layer: NativeSparseAttention):
+    cache = layer.new_cache(2, 50)
+    step = SequenceLayout.uniform(2, 1)
+    for change in (lambda: cache.crop(0), lambda: cache.reorder([0, 1]), cache.replayed):
+        with (
+            pytest.raises(ValueError, match="extend must be left before the cache is changed"),
+            cache.extend(step),
+        ):
+            change()
+    with (
+        pytest.raises(ValueError, match="layout must be of the new tokens alone"),
+        cache.extend(step.after(SequenceLayout.uniform(2, 5))),
+    ):
+        pass
+    assert cache.lengths == (0, 0)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -120,7 +120,10 @@ def test_interval_attention(interval: Interval, impl: str):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_selection(impl: str):
-    problem = Problem.of(impl)
+    check_selection(Problem.of(impl), impl)
+
+
+def check_selection(problem: Problem, impl: str) -> None:
     compressed = fsa.compress(problem.k, **KERNELS, cu_seqlens=problem.keys, impl="reference")
     lse = fsa.compressed_attention(problem.q, compressed, compressed, **KERNELS, **problem.all()).lse
     sizes = {**KERNELS, "block_size": 16, "num_selected_blocks": 4, "num_local_blocks": 1}
@@ -211,6 +214,11 @@ def test_no_query_at_all(impl: str):
     for result in (out, *attended):
         grads = torch.autograd.grad(result.sum(), x[1:3])
         assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
+
+
+@pytest.mark.parametrize("impl", IMPLS[:2])
+def test_the_longest_sequence_has_no_query(impl: str):
+    check_selection(Problem((20, 130, 20, 3), (1, 0, 1, 3)), impl)
 
 
 def test_bounds_as_tensors(problem: Problem):

@@ -157,15 +157,16 @@ def test_windows_are_pooled(dtype: torch.dtype, kind: str):
         assert torch.equal(a == 0, b == 0)
 
 
-def test_decoding():
+@pytest.mark.parametrize("pieces", [(30, 1, 3, 7), (13, 1)], ids=str)
+def test_decoding(pieces: tuple[int, ...]):
     torch.manual_seed(0)
     layer = NativeSparseAttention(HIDDEN, 4, 2, NSAConfig.preset("paper", **SIZES), head_dim=16, impl="triton")
     torch.nn.init.normal_(layer.branch_gate_proj.weight)
-    x = torch.randn(2, 41, HIDDEN)
+    x = torch.randn(2, sum(pieces), HIDDEN)
     cache = layer.new_cache(2, 64, page_size=32, num_pages=8)
     cache.set_pages(torch.tensor([[3, 0], [7, 1]], dtype=torch.int32))
     got = []
-    for piece in x.split((30, 1, 3, 7), 1):
+    for piece in x.split(pieces, 1):
         with cache.extend(SequenceLayout.uniform(*piece.shape[:2])):
             got.append(layer(piece, cache=cache.layers[0]))
     layer.impl = layer.compressor_k.impl = layer.compressor_v.impl = "reference"

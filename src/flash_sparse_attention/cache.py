@@ -78,7 +78,7 @@ class Step:
         place: where they go.
         tail: where those go that the tail keeps.
         windows: that become full, or None if there is none.
-        fresh: whether the cache was empty.
+        fresh: whether the cache was empty, and is filled with more than a few tokens.
         tokens: new tokens of each sequence, if that is one number; otherwise None.
         memory: what a layer computed and others can use.
     """
@@ -123,8 +123,8 @@ class NSACache:
         page_size: tokens of a page, a multiple of `config.block_size`; None for a dense cache.
         num_pages: P, pages of the pool.
         rotary: whether keys are rotated; where they are not, or before they are compressed, no keys are kept twice.
-        max_crop: tokens that `crop` can always take back; the tails of the compressors are so much longer. None for
-            all, which keeps compressed branches' tokens whole.
+        max_crop: tokens that `crop` can take back, counted from the longest that the sequence was since it was empty;
+            the tails of the compressors are so much longer. None for all, which keeps all that was compressed.
         pools: for a paged cache, the keys and values of the selected branch of each layer, `[P, page_size, Hk, D]` with
             adjacent heads, as a serving engine has them; made here by default.
         device: of all tensors.
@@ -181,6 +181,8 @@ class NSACache:
             check_positive(name, value)
         if max_crop is not None:
             check_positive("max_crop", max_crop, 0)
+        if dtype not in FLOAT_DTYPES:
+            raise bad("dtype", "a floating dtype", dtype)
         self.config, self.batch, self.dtype, self.max_crop = config, batch, dtype, max_crop
         self.paged, self.growing = page_size is not None, page_size is None and capacity is None
         self.rotary = rotary
@@ -199,7 +201,8 @@ class NSACache:
                 raise bad("num_pages", "the number of pages of the pool", None)
             check_positive("num_pages", num_pages)
             most = num_pages * page_size
-            columns = -(-min(check_positive("capacity", capacity or most), most) // page_size)
+            wanted = most if capacity is None else check_positive("capacity", capacity)
+            columns = -(-min(wanted, most) // page_size)
         self.page_size = page_size
         self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
         self.page_table = torch.full((batch, columns), -1, dtype=torch.int32, device=device)
@@ -207,8 +210,11 @@ class NSACache:
             torch.arange(batch, out=self.page_table[:, 0])
         self._pages: list[list[int]] = [[] if self.paged else [b] for b in range(batch)]
         self._lengths = [0] * batch
-        # The longest that each was since it was empty: what its tail holds goes by that.
-        self._peaks = [0] * batch
+        # Rows of each page that were written since its first one was: the tail holds the last ones of them.
+        self._written: dict[int, int] = {}
+        self._users: dict[int, list[int]] = {}
+        # Sequences whose tail a failed step has written over.
+        self._lost: set[int] = set()
         self._limit = columns * page_size if self.paged or capacity is None else capacity
         self._step: Step | None = None
         if pools is not None and len(pools) != num_layers:
@@ -237,6 +243,9 @@ class NSACache:
     def extend(self, layout: SequenceLayout) -> Iterator[Step]:
         """Makes room for new tokens; while active, every layer appends them. An exception takes them back.
 
+        If more tokens than `max_crop` were taken back so, the tail may have lost what the sequence needs to go on: then
+        it must be emptied, and `extend` says so.
+
         Args:
             layout: of the new tokens of the B sequences, 0 allowed; `SequenceLayout.uniform(B, 1)` to decode.
 
@@ -248,24 +257,36 @@ class NSACache:
                 page is missing or another sequence's too; nothing has changed then. Within a CUDA graph that is
                 captured nothing can be checked: what has no place is dropped.
         """
-        if self._step is not None:
-            raise bad("extend", "left before it is entered again", "entered twice")
+        self._check_idle()
+        if layout.with_past is not None:
+            raise bad("layout", "of the new tokens alone", "one with a past", "the cache knows what came before")
         if layout.batch != self.batch:
             raise bad("layout", f"of the B={self.batch} sequences of the cache", layout.batch)
         if layout.device != self.device:
             raise bad("layout", f"on the device of the cache ({self.device})", layout.device)
         capturing = self.capturing()
+        if capturing and self.growing:
+            raise bad("capacity", "given for a cache of which graphs are captured", None, "growing moves its tensors")
+        lengths = [past + new for past, new in zip(self._lengths, layout.lengths, strict=True)]
         if not capturing:
-            self._make_room([past + new for past, new in zip(self._lengths, layout.lengths, strict=True)])
-        self._step = step = self._step_of(layout, capturing)
+            self._make_room(lengths)
+        saved = None if capturing else self.seq_lens.clone()
         try:
-            yield step
+            self._step = self._step_of(layout, capturing)
+            yield self._step
         except BaseException:
-            self.seq_lens.sub_(layout.cu_seqlens.diff())
+            if saved is not None:
+                self.seq_lens.copy_(saved)
+                self._note_written(lengths)
+                # As when tokens are taken back: what windows need may be gone from the tail.
+                for b, (past, new) in enumerate(zip(self._lengths, lengths, strict=True)):
+                    if new > past and not self._tail_reaches(self._pages[b], past):
+                        self._lost.add(b)
             raise
         else:
-            if not capturing:
-                self._advance(step.lengths)
+            if saved is not None:
+                self._note_written(lengths)
+                self._lengths = lengths
         finally:
             self._step = None
 
@@ -279,11 +300,11 @@ class NSACache:
         Raises:
             ValueError: if they do not fit; nothing has changed then.
         """
+        self._check_idle()
         longer = [length + check_positive("tokens", tokens, 0) for length in self._lengths]
-        if self.growing and max(longer) > self._limit:
-            raise bad("capacity", "given for a cache of which graphs are captured", None, "growing moves its tensors")
         self._make_room(longer)
-        self._advance(longer)
+        self._note_written(longer)
+        self._lengths = longer
 
     def crop(self, lengths: int | Sequence[int]) -> None:
         """Takes back all tokens from these lengths on, as when proposed tokens are rejected. 0 empties a sequence.
@@ -295,16 +316,18 @@ class NSACache:
             ValueError: if there are not B lengths, one is negative, or the tail does not reach back so far (see
                 `max_crop`); nothing has changed then.
         """
+        self._check_idle()
         if isinstance(lengths, int):
             lengths = [lengths] * self.batch
         if len(lengths) != self.batch or any(isinstance(x, bool) or not isinstance(x, int) or x < 0 for x in lengths):
             raise bad("lengths", f"B={self.batch} integers of at least 0", list(lengths))
         shorter = [min(new, old) for new, old in zip(lengths, self._lengths, strict=True)]
         for b, (new, old) in enumerate(zip(shorter, self._lengths, strict=True)):
-            if new != old and not self._tail_reaches(new, self._peaks[b]):
-                cure = "make the cache with a larger max_crop"
-                raise bad(f"lengths[{b}]", f"at least {self._peaks[b] - (self.max_crop or 0)}, or 0", new, cure)
-        self._set_lengths(shorter, [peak if new else 0 for new, peak in zip(shorter, self._peaks, strict=True)])
+            if new != old and not self._tail_reaches(self._pages[b], new):
+                cure = f"make the cache with a larger max_crop than {self.max_crop}"
+                raise bad(f"lengths[{b}]", "0, or a length that the tail reaches back to", new, cure)
+        self._lost -= {b for b, length in enumerate(shorter) if length == 0}
+        self._set_lengths(shorter)
 
     def reorder(self, order: Sequence[int] | Tensor) -> None:
         """Sequence b becomes what sequence `order[b]` was, as beam search wants it; copies the cache.
@@ -312,6 +335,7 @@ class NSACache:
         Raises:
             ValueError: if `order` is no B numbers of sequences, or the cache is paged: change its pages instead.
         """
+        self._check_idle()
         if self.paged:
             raise bad("cache", "dense to be reordered", "paged", "set_pages gives sequences other pages")
         numbers = [int(x) for x in order]
@@ -321,7 +345,9 @@ class NSACache:
         for layer in self.layers:
             for pool in layer.pools():
                 pool.copy_(pool.index_select(0, index))
-        self._set_lengths([self._lengths[x] for x in numbers], [self._peaks[x] for x in numbers])
+        self._written = {b: self._written.get(x, 0) for b, x in enumerate(numbers)}
+        self._lost = {b for b, x in enumerate(numbers) if x in self._lost}
+        self._set_lengths([self._lengths[x] for x in numbers])
 
     def set_pages(self, page_table: Tensor, lengths: Sequence[int] | None = None) -> None:
         """Gives the sequences of a paged cache their pages, and sets lengths where they differ from what is known.
@@ -338,6 +364,7 @@ class NSACache:
                 a length needs, names a page twice where it can still be written to, or a sequence would go on in the
                 middle of a page that others share; nothing has changed then.
         """
+        self._check_idle()
         if not self.paged:
             raise bad("cache", "paged to be given pages", "dense", "pass page_size and num_pages")
         check_tensor("page_table", page_table, {"B": self.batch, "pages": None}, (torch.int32,))
@@ -345,19 +372,28 @@ class NSACache:
         if page_table.shape[1] > columns:
             raise bad("page_table", f"of at most {columns} pages a sequence", list(page_table.shape))
         wanted = self._lengths if lengths is None else list(lengths)
-        if len(wanted) != self.batch or any(length < 0 for length in wanted):
+        if len(wanted) != self.batch or any(not isinstance(length, int) or length < 0 for length in wanted):
             raise bad("lengths", f"B={self.batch} integers of at least 0", wanted)
         pages = [_until_none(row) for row in page_table.tolist()]
-        self._check_pages(pages, wanted)
+        users = self._check_pages(pages, wanted)
+        for b, (own, length) in enumerate(zip(pages, wanted, strict=True)):
+            if length and not self._tail_reaches(own, length):
+                got = f"{length} tokens in sequence {b}"
+                cure = "a sequence goes on where its pages were left, where one of them is full, or max_crop before"
+                raise bad("lengths", "such that the tails of the pages reach back so far", got, cure)
         table = torch.full((self.batch, columns), -1, dtype=torch.int32)
         table[:, : page_table.shape[1]] = page_table.cpu()
         self.page_table.copy_(table)
-        self._pages = pages
-        same = zip(wanted, self._lengths, self._peaks, strict=True)
-        self._set_lengths(wanted, [peak if new == old else new for new, old, peak in same])
+        self._pages, self._users, self._lost = pages, users, set()
+        self._set_lengths(wanted)
 
-    def _check_pages(self, pages: list[list[int]], lengths: Sequence[int]) -> None:
-        """Pages exist, are enough for the lengths, and those that are written to have one owner."""
+    def _check_idle(self) -> None:
+        """No step is under way."""
+        if self._step is not None:
+            raise bad("extend", "left before the cache is changed or extended again", "still active")
+
+    def _check_pages(self, pages: list[list[int]], lengths: Sequence[int]) -> dict[int, list[int]]:
+        """Pages exist, are enough for the lengths, and those that can be written to have one owner; the owners."""
         count = len(self.layers[0].k)
         users: dict[int, list[int]] = {}
         for b, own in enumerate(pages):
@@ -370,63 +406,70 @@ class NSACache:
                 raise bad("page_table", f"of at least {needed} pages for the {lengths[b]} tokens of sequence {b}", own)
         for b, own in enumerate(pages):
             # Pages that a sequence filled are only read; the others are its own.
-            for page in own[lengths[b] // self.page_size :]:
-                if len(users[page]) > 1:
-                    raise bad(
-                        "page_table",
-                        "of pages with one owner, but for those that are full",
-                        f"page {page} in sequences {users[page]}",
-                    )
+            self._check_owners(own[lengths[b] // self.page_size :], users)
+        return users
+
+    def _check_owners(self, pages: Sequence[int], users: dict[int, list[int]]) -> None:
+        for page in pages:
+            if len(users[page]) > 1:
+                expected = "of pages with one owner, but for those that are full"
+                raise bad("page_table", expected, f"page {page} in sequences {users[page]}")
 
     def _make_room(self, lengths: Sequence[int]) -> None:
         """Sequences of these lengths have room, and pages."""
-        longest = max(lengths)
-        if self.growing and longest > self._limit:
-            self._grow(longest)
-        for b, length in enumerate(lengths):
-            if length > self._limit:
+        for b, (length, past) in enumerate(zip(lengths, self._lengths, strict=True)):
+            if length > past and b in self._lost:
+                cure = f"crop it to 0: a step of more than max_crop={self.max_crop} tokens failed"
+                raise bad(f"sequence {b}", "whole", "without what its next window needs", cure)
+            if length > self._limit and not self.growing:
                 cure = "crop it, or make a larger cache"
                 raise bad(f"sequence {b}", f"of at most capacity={self._limit} tokens", length, cure)
-        if self.paged:
-            self._check_pages(self._pages, [min(x) for x in zip(lengths, self._lengths, strict=True)])
-            for b, length in enumerate(lengths):
-                needed = -(-length // self.page_size)
+            needed = -(-length // self.page_size)
+            if self.paged and length > past:
                 if len(self._pages[b]) < needed:
                     got = f"{len(self._pages[b])} pages for {length} tokens"
                     raise bad(f"sequence {b}", f"of {needed} pages", got, "give it more by set_pages")
+                self._check_owners(self._pages[b][past // self.page_size : needed], self._users)
+        if self.growing and max(lengths) > self._limit:
+            self._grow(max(lengths))
 
     def _grow(self, tokens: int) -> None:
         """Room for so many tokens at least, and twice as many as there was."""
         size = _whole(max(tokens, 2 * self.page_size), self.config.block_size)
-        for layer in self.layers:
-            layer.grow(size)
+        # All of them before any is replaced, as memory may run out.
+        grown = [layer.grown(size) for layer in self.layers]
+        for layer, tensors in zip(self.layers, grown, strict=True):
+            vars(layer).update(tensors)
+            layer.tail_rows = layer.k_tail.shape[1]
         self.page_size = self._limit = size
 
-    def _advance(self, lengths: Sequence[int]) -> None:
-        """The host follows the device."""
+    def _set_lengths(self, lengths: Sequence[int]) -> None:
         self._lengths = list(lengths)
-        self._peaks = [max(pair) for pair in zip(lengths, self._peaks, strict=True)]
-
-    def _set_lengths(self, lengths: Sequence[int], peaks: Sequence[int]) -> None:
-        self._lengths, self._peaks = list(lengths), list(peaks)
         self.seq_lens.copy_(torch.tensor(self._lengths, dtype=torch.int32))
+
+    def _note_written(self, lengths: Sequence[int]) -> None:
+        """Sequences were written to up to these lengths."""
+        for own, past, new in zip(self._pages, self._lengths, lengths, strict=True):
+            for number in range(past // self.page_size, -(-new // self.page_size)):
+                begin, page = number * self.page_size, own[number]
+                # A page whose first row is written holds nothing else.
+                before = 0 if past <= begin else self._written.get(page, 0)
+                self._written[page] = max(before, min(new - begin, self.page_size))
 
     def _tail_rows(self) -> int | None:
         """Rows of the tail of a page: what windows that are not full need, and what may be taken back."""
         return None if self.max_crop is None else self.config.kernel_size + self.max_crop
 
-    def _tail_reaches(self, new: int, peak: int) -> bool:
-        """Whether the tail, written to up to `peak`, holds what windows need that become full behind token `new`."""
-        rows = min(self._tail_rows() or self.page_size, self.page_size)
-        if new == 0 or not self.layers[0].has_tail:
+    def _tail_reaches(self, pages: Sequence[int], length: int) -> bool:
+        """Whether the tails of the pages hold what windows need that become full behind token `length`."""
+        if length == 0 or not self.layers[0].has_tail:
             return True
-        oldest = geometry.window_start(
-            geometry.num_compressed_tokens(new, self.config.kernel_size, self.config.kernel_stride),
-            self.config.kernel_stride,
-        )
-        for page in range(oldest // self.page_size, (new - 1) // self.page_size + 1):
-            begin, end = page * self.page_size, min((page + 1) * self.page_size, peak)
-            if max(oldest, begin) < end - rows:
+        rows, sizes = self.layers[0].tail_rows, (self.config.kernel_size, self.config.kernel_stride)
+        oldest = geometry.window_start(geometry.num_compressed_tokens(length, *sizes), self.config.kernel_stride)
+        for number in range(oldest // self.page_size, -(-length // self.page_size)):
+            begin, written = number * self.page_size, self._written.get(pages[number], 0)
+            needed = max(oldest - begin, 0), min(length - begin, self.page_size)
+            if needed[0] < needed[1] and (needed[1] > written or needed[0] < written - rows):
                 return False
         return True
 
@@ -440,7 +483,8 @@ class NSACache:
         tokens = new.lengths[0] if len(set(new.lengths)) == 1 else None
         if tokens is not None and 0 < tokens <= FEW_TOKENS and available(PLAN_STEP, self.device, self.dtype):
             planned = self._planned(new, tokens, lengths, capturing)
-            return Step(new, lengths, self.seq_lens, *planned, fresh, tokens)
+            # Its windows are of the cache, those of a fresh one of the new tokens.
+            return Step(new, lengths, self.seq_lens, *planned, False, tokens)
         past_B = self.seq_lens.long()
         self.seq_lens.add_(new.cu_seqlens.diff())
         pages = self.layers[0].pages
@@ -625,7 +669,7 @@ class LayerCache:
         config, pools = self.cache.config, (self.k_compressed, self.v_compressed)
         tails, chosen = (self.k_tail, self.v_tail), (windows.tail, windows.new, windows.is_new)
         both = compression_k, compression_v
-        pooled = all(one.kind in ("mean", "weighted") for one in both)
+        pooled = k.dtype != torch.float64 and all(one.kind in ("mean", "weighted") for one in both)
         if pooled and not step.fresh and impl == "auto" and available(POOL_WINDOWS, k.device, k.dtype):
             pool_windows(pools, tails, (k, v), *chosen, windows.place, both, by)
             return
@@ -671,20 +715,20 @@ class LayerCache:
         named = (self.k, self.v, self.k_window, self.v_window, self.k_compressed, self.v_compressed)
         return list({id(x): x for x in (*named, self.k_tail, self.v_tail)}.values())
 
-    def grow(self, page_size: int) -> None:
-        """Moves a dense cache to larger pages."""
-        stride = self.cache.config.kernel_stride
+    def grown(self, page_size: int) -> dict[str, Tensor]:
+        """Its tensors by name, moved to larger pages."""
         moved: dict[int, Tensor] = {}
+        named = {}
         for name in ("k", "v", "k_window", "v_window", "k_compressed", "v_compressed", "k_tail", "v_tail"):
             old = getattr(self, name)
             if id(old) not in moved:
-                rows = page_size // stride if "compressed" in name else page_size
+                rows = page_size // self.cache.config.kernel_stride if "compressed" in name else page_size
                 if "tail" in name and self.cache.max_crop is not None:
                     rows = self.tail_rows
                 moved[id(old)] = new = old.new_zeros(old.shape[0], rows, *old.shape[2:])
                 new[:, : old.shape[1]] = old
-            setattr(self, name, moved[id(old)])
-        self.tail_rows = self.k_tail.shape[1]
+            named[name] = moved[id(old)]
+        return named
 
 
 def _whole(tokens: int, block_size: int) -> int:
@@ -709,5 +753,5 @@ def _check_pool(name: str, pool: Tensor, shape: tuple[int, ...], cache: NSACache
     check_tensor(name, pool, dict(zip(names, shape, strict=True)), FLOAT_DTYPES)
     if pool.dtype != cache.dtype or pool.device != cache.device:
         raise bad(name, f"{cache.dtype} on {cache.device}", f"{pool.dtype} on {pool.device}")
-    if pool.stride(3) != 1 or pool.stride(2) != pool.shape[3]:
+    if pool.stride(3) != 1 or (pool.shape[2] > 1 and pool.stride(2) != pool.shape[3]):
         raise bad(name, "with adjacent heads", f"strides {pool.stride()}", "[pages, tokens, heads, channels]")

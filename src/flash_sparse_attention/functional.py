@@ -552,7 +552,7 @@ def nsa_attention_with_kvcache(
         q: queries of the new tokens, `[B, S, Hq, Dk]`.
         gates: gates before the sigmoid, `[B, S, Hq, 3]` or `[B, S, 1, 3]`: compressed, selected, window.
         pages: keys and values, those of the new tokens included. No content of its `page_table` and `seq_lens` leads
-            to an access out of bounds; a token whose page is none is not attended to.
+            to an access out of bounds; a token whose page is none is not attended to (`reference` wants all pages).
         config: the sizes (windows, blocks, T, window); `NSAConfig()` by default.
         softmax_scale: factor of the scores; Dk ** -0.5 by default.
         impl: see the module.
@@ -673,7 +673,7 @@ def check_pages(pages: KVPages, config: NSAConfig) -> None:
         ValueError: if they do not.
     """
     if not isinstance(pages, KVPages):
-        raise bad("pages", "a KVPages", type(pages).__name__, "NSACache.pages(layer) gives one")
+        raise bad("pages", "a KVPages", type(pages).__name__, "`pages` of a layer of an NSACache is one")
     check_tensor("pages.k", pages.k, dict.fromkeys(("P", "page_size", "Hk", "Dk")), FLOAT_DTYPES)
     check_tensor("pages.v", pages.v, dict.fromkeys(("P", "page_size", "Hk", "Dv")), FLOAT_DTYPES)
     count, page_size, num_kv_heads, dim = pages.k.shape
@@ -740,6 +740,9 @@ class _Pack:
                 raise bad("cu_seqlens_k", f"left out for a batched {name} [B, S, ...]", "both", "pack the batch")
             if isinstance(cu_seqlens_k, Tensor):
                 cu_seqlens_k = SequenceLayout.from_cu_seqlens(cu_seqlens_k)
+            if not isinstance(cu_seqlens_k, SequenceLayout):
+                got = type(cu_seqlens_k).__name__
+                raise bad("cu_seqlens_k", "an int32 tensor [B + 1], a SequenceLayout or None", got)
             layout = layout.after(cu_seqlens_k)
         return cls(layout, batched)
 

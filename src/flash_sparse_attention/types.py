@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -104,6 +105,11 @@ class KVPages:
     def page_size(self) -> int:
         """Tokens of a page."""
         return self.k.shape[1]
+
+    def within_capacity(self) -> KVPages:
+        """The same, with lengths of at least 0 that are no larger than what the page table has room for."""
+        lens = self.seq_lens.clamp(0, self.page_table.shape[1] * self.page_size)
+        return dataclasses.replace(self, seq_lens=lens)
 
     def place(self, sequence: Tensor, token: Tensor) -> Place:
         """Where tokens by position stand; `sequence` and `token` are integers that broadcast.
@@ -214,6 +220,8 @@ class SequenceLayout:
         Raises:
             ValueError: if `keys` has another number of sequences, a shorter one, or is on another device.
         """
+        if keys.with_past is not None:
+            raise bad("cu_seqlens_k", "the layout of all tokens", "one with a past")
         if keys.batch != self.batch:
             raise bad("cu_seqlens_k", f"of B={self.batch} sequences, as cu_seqlens", keys.batch)
         for index, (queries, tokens) in enumerate(zip(self.lengths, keys.lengths, strict=True)):

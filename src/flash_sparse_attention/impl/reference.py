@@ -147,7 +147,9 @@ def nsa_attention_with_kvcache(
     """The new tokens `[B, T, H, D]` are the last ones of their sequences: the operators in a row, sequence by sequence.
 
     Token i of sequence b stands at position seq_lens[b] - T + i; one at a negative position sees nothing.
+    Every token has a page here.
     """
+    q, gates, pages = q.detach(), gates.detach(), pages.within_capacity()
     tokens, windows = q.shape[1], Interval(config.kernel_size, config.kernel_stride)
     out = q.new_zeros(*q.shape[:3], pages.v.shape[-1])
     indices = torch.full((*q.shape[:2], pages.k.shape[2], config.num_selected_blocks), -1, device=q.device)

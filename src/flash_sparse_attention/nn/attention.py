@@ -346,9 +346,8 @@ class NativeSparseAttention(nn.Module):
             )
             return NSAOutput(*(x.flatten(0, 1) for x in result))
         if cache.cache.capturing():
-            raise bad(
-                "hidden_states", f"of at most {FEW_TOKENS} tokens a sequence in a CUDA graph", step.layout.lengths
-            )
+            expected = f"of one number of tokens for all sequences, at most {FEW_TOKENS}, in a CUDA graph"
+            raise bad("hidden_states", expected, list(step.new_layout.lengths))
         k_all, v_all, k_window, v_window = cache.packed()
         k, v = Branches(k_all, k_all, k_window), Branches(v_all, v_all, v_window)
         return self._attend_packed(q, k, v, *cache.packed_compressed(), gates, step.layout)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..functional import CuSeqlens
 from ..types import SequenceLayout
+from ..validation import bad
 from .attention import check_attention, check_hidden_states
 from .packing import positions_of
 from .rotary import rotate, rotation
@@ -91,6 +92,8 @@ class CausalAttention(nn.Module):
         """
         token_dims = check_hidden_states(hidden_states, self.hidden_size)
         layout = SequenceLayout.of("hidden_states", hidden_states, token_dims == 2, cu_seqlens)
+        if layout.with_past is not None:
+            raise bad("cu_seqlens", "the layout of all tokens", "one with a past", "full attention keeps no keys")
         positions = positions_of("hidden_states", hidden_states, token_dims, position_ids, layout)
         hidden = hidden_states.flatten(0, -2)
         q = self.q_proj(hidden).unflatten(-1, (self.num_heads, self.head_dim))

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..nn import LanguageModel
+from ..geometry import windows_reach
+from ..impl import WITH_KVCACHE, resolve
+from ..nn import LanguageModel, NativeSparseAttention
 from ..types import SequenceLayout
 from ..validation import bad, check_positive
 from .data import END_OF_TEXT
@@ -145,12 +147,20 @@ class _CachedRead:
         self.device = model.embed_tokens.weight.device
         with self.context():
             self.cache = model.new_cache(batch, capacity)
-        self.capture = capture and self.device.type == "cuda"
+        self.capture = capture and self.device.type == "cuda" and self._on_kernels()
         # The first step compiles kernels, which a capture must not.
         self.warm = False
         self.graph: torch.cuda.CUDAGraph | None = None
         self.tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
         self.logits: Tensor | None = None
+
+    def _on_kernels(self) -> bool:
+        """Whether attention runs on kernels that wait for nothing."""
+        layer = next(x for x in self.model.modules() if isinstance(x, NativeSparseAttention))
+        config = self.model.config.nsa
+        reach = windows_reach(config.kernel_size, config.kernel_stride, config.block_size)
+        sizes = self.model.config.head_dim, reach, config.num_selected_blocks
+        return resolve(WITH_KVCACHE, layer.impl, self.device, self.cache.dtype, *sizes).impl == "triton"
 
     def context(self) -> torch.autocast:
         # Weights that were cast are not kept, since a graph would keep those of its own memory.

@@ -84,7 +84,9 @@ def _select_blocks(
                     column = span.start - tile.keys.start + chunks_per_window - 1
                     p_KTS[..., column : column + group_KTS.shape[-1]] = group_KTS
                 else:
-                    p_KTS.index_add_(2, key_position_S[span] + chunks_per_window - 1, group_KTS)
+                    # Of a sequence without queries there may be more keys than columns; what is hidden adds 0 anywhere.
+                    column_S = (key_position_S[span] + chunks_per_window - 1).clamp(max=columns - 1)
+                    p_KTS.index_add_(2, column_S, group_KTS)
             importance_KTJ = q_KRD.new_zeros(num_kv_heads, len(blocks_T), num_blocks)
             shared_chunks(p_KTS, overlaps, chunks_per_block, importance_KTJ)
             forced = num_init_blocks, num_local_blocks

@@ -23,7 +23,7 @@ def nsa_attention_with_kvcache(
     q: Tensor, gates: Tensor, pages: KVPages, config: NSAConfig, softmax_scale: float
 ) -> NSAOutput:
     """As `reference.nsa_attention_with_kvcache`, a few tokens at a time. No gradients."""
-    q, gates = q.detach(), gates.detach()
+    q, gates, pages = q.detach(), gates.detach(), pages.within_capacity()
     batch, tokens, num_heads, _ = q.shape
     longest = int(pages.seq_lens.max())
     keys = max(longest // config.kernel_stride, config.num_selected_blocks * config.block_size, config.window_size, 1)

@@ -52,6 +52,7 @@ def plan_step(
         seq_lens, page_table, position, page, row, tail_row, exists, kept, start, to_page, to_row, to_exists,
         kept_page, kept_row, new, is_new, page_table.shape[1], num_pages, page_size, tail_rows, page_table.stride(0),
         tokens, slots, kernel_size, kernel_stride, padded(tokens, 1), padded(slots, 1), padded(kernel_size, 1),
+        num_warps=1,  # it reads the length that it writes
     )  # fmt: skip
     place, tail = Place(page, row, exists), Place(page, tail_row, kept)
     return (
