@@ -91,12 +91,12 @@ def test_a_step_is_planned(tokens: int, page_size: int | None, monkeypatch: pyte
         cache = NSACache(config, **sizes, **options)
         if page_size is not None:
             table = torch.arange(3 * len(lengths)).flip(0).view(len(lengths), 3).to(torch.int32)
-            cache.set_pages(table, lengths)
-        else:
-            cache._set_lengths(lengths, lengths)
+            cache.set_pages(table)
+        cache._set_lengths(lengths)
         monkeypatch.setattr("flash_sparse_attention.cache.FEW_TOKENS", 16 if planned else 0)
         # The last one has no room, which the device finds out by itself.
-        monkeypatch.setattr(NSACache, "_make_room", lambda *_: None)
+        for check in ("_make_room", "_note_written"):
+            monkeypatch.setattr(NSACache, check, lambda *_: None)
         with cache.extend(SequenceLayout.uniform(len(lengths), tokens)) as step:
             steps.append(step)
         assert cache.seq_lens.tolist() == [length + tokens for length in lengths]
