@@ -27,6 +27,7 @@ from flash_sparse_attention import (
 from flash_sparse_attention.impl import (
     CACHE_WRITES,
     CAPABILITIES,
+    FUSED_WRITES,
     OPERATORS,
     WITH_KVCACHE,
     available,
@@ -398,7 +399,7 @@ def test_explain_has_a_reason_for_every_row_and_one_choice_for_every_operator():
     decisions = explain(CPU, torch.float32)
     shown = (*OPERATORS, WITH_KVCACHE)
     assert [(d.operator, d.impl) for d in decisions if d.chosen] == [(operator, "blockwise") for operator in shown]
-    assert len(decisions) == len([row for row in CAPABILITIES if row.operator not in CACHE_WRITES])
+    assert len(decisions) == len([row for row in CAPABILITIES if row.operator not in (*CACHE_WRITES, *FUSED_WRITES)])
     assert all(decision.reason for decision in decisions)
     by_hand = {d.impl: d.reason for d in decisions if d.operator == "combine"}
     assert by_hand["reference"] == "only on request (the specification, dense, memory N x N)"
