@@ -15,7 +15,7 @@ Shape suffixes: N new tokens, W windows that became full, L tokens of a window, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -348,6 +348,34 @@ class NSACache:
         self._written = {b: self._written.get(x, 0) for b, x in enumerate(numbers)}
         self._lost = {b for b, x in enumerate(numbers) if x in self._lost}
         self._set_lengths([self._lengths[x] for x in numbers])
+
+    def select(self, order: Sequence[int]) -> None:
+        """Sequence b becomes what sequence `order[b]` was, for any number of sequences; copies the cache.
+
+        Raises:
+            ValueError: if `order` is not at least one number of a sequence, or the cache is paged.
+        """
+        self._check_idle()
+        if self.paged:
+            raise bad("cache", "dense to be selected from", "paged", "set_pages gives sequences other pages")
+        numbers = [int(x) for x in order]
+        if not numbers or not all(0 <= x < self.batch for x in numbers):
+            raise bad("order", f"numbers of sequences from 0 to {self.batch - 1}", numbers)
+        if len(numbers) == self.batch:
+            self.reorder(numbers)
+            return
+        index = torch.tensor(numbers, device=self.device)
+        # All of them before any is replaced, as memory may run out.
+        selected = [layer.mapped(lambda _, pool: pool.index_select(0, index)) for layer in self.layers]
+        for layer, tensors in zip(self.layers, selected, strict=True):
+            vars(layer).update(tensors)
+        self.batch = len(numbers)
+        self._pages = [[b] for b in range(self.batch)]
+        self.page_table = torch.arange(self.batch, dtype=torch.int32, device=self.device)[:, None]
+        self.seq_lens = self.seq_lens[index]
+        self._written = {b: self._written.get(x, 0) for b, x in enumerate(numbers)}
+        self._lost = {b for b, x in enumerate(numbers) if x in self._lost}
+        self._lengths = [self._lengths[x] for x in numbers]
 
     def set_pages(self, page_table: Tensor, lengths: Sequence[int] | None = None) -> None:
         """Gives the sequences of a paged cache their pages, and sets lengths where they differ from what is known.
@@ -717,17 +745,26 @@ class LayerCache:
 
     def grown(self, page_size: int) -> dict[str, Tensor]:
         """Its tensors by name, moved to larger pages."""
-        moved: dict[int, Tensor] = {}
+
+        def larger(name: str, old: Tensor) -> Tensor:
+            rows = page_size // self.cache.config.kernel_stride if "compressed" in name else page_size
+            if "tail" in name and self.cache.max_crop is not None:
+                rows = self.tail_rows
+            new = old.new_zeros(old.shape[0], rows, *old.shape[2:])
+            new[:, : old.shape[1]] = old
+            return new
+
+        return self.mapped(larger)
+
+    def mapped(self, change: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
+        """What (name, tensor) -> tensor makes of its tensors, by name; those that are one stay one."""
+        changed: dict[int, Tensor] = {}
         named = {}
         for name in ("k", "v", "k_window", "v_window", "k_compressed", "v_compressed", "k_tail", "v_tail"):
             old = getattr(self, name)
-            if id(old) not in moved:
-                rows = page_size // self.cache.config.kernel_stride if "compressed" in name else page_size
-                if "tail" in name and self.cache.max_crop is not None:
-                    rows = self.tail_rows
-                moved[id(old)] = new = old.new_zeros(old.shape[0], rows, *old.shape[2:])
-                new[:, : old.shape[1]] = old
-            named[name] = moved[id(old)]
+            if id(old) not in changed:
+                changed[id(old)] = change(name, old)
+            named[name] = changed[id(old)]
         return named
 
 

@@ -11,7 +11,7 @@ Shape suffixes: N tokens, M compressed tokens, X branches, H heads, D channels o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from ..types import NSAOutput, SequenceLayout
 from ..validation import FLOAT_DTYPES, bad, check_heads, check_positive, check_tensor
 from .compressors import Compressor
 from .packing import positions_of
-from .rotary import Rotation, check_rotary, rotate, rotation
+from .rotary import Rotary, Rotation, check_rotary, rotate, rotation
 
 BRANCHES = ("compressed", "selected", "window")
 
@@ -41,6 +41,52 @@ class AttentionRecord(NamedTuple):
 
     block_indices: Tensor
     gates: Tensor
+
+
+class BranchGate(nn.Linear):
+    """The logits of the gates: for every head (or for all of them together) one of each branch.
+
+    Args:
+        hidden_size: channels of the hidden states.
+        num_gates: heads with gates of their own; 1 for all together.
+        start: weights that the compressed, the selected and the window branch start with, between 0 and 1.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: if `start` is not three numbers between 0 and 1.
+    """
+
+    start: tuple[float, ...] = (1 / 3, 1 / 3, 1 / 3)
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_gates: int,
+        start: Sequence[float] = start,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if len(start) != len(BRANCHES) or not all(0 < x < 1 for x in start):
+            raise bad("start", f"a number between 0 and 1 for each of {', '.join(BRANCHES)}", list(start))
+        super().__init__(hidden_size, num_gates * len(BRANCHES), device=device, dtype=dtype)
+        self.start = tuple(start)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Starts every gate at `start`, for every token; by default at 1/3.
+
+        Near the start of a sequence the selected and the window branch are each the full attention, and the compressed
+        one resembles it, so that weights which sum to 1 make about full attention: a converted model begins where it
+        was, and one trained from scratch begins with an output of the usual size. Zero weights, since a gate
+        that already differs between tokens at random teaches nothing; their gradient is not zero.
+        """
+        nn.init.zeros_(self.weight)
+        # sigmoid(b) = x  <=>  b = log(x / (1 - x))
+        logits = torch.tensor([math.log(x / (1 - x)) for x in self.start])
+        self.bias.copy_(logits.repeat(self.out_features // len(BRANCHES)))
 
 
 class NativeSparseAttention(nn.Module):
@@ -65,6 +111,8 @@ class NativeSparseAttention(nn.Module):
         head_dim_v: Dv, channels of a value head; head_dim by default.
         rope_theta: base of the rotary frequencies; None for no rotary embedding.
         qkv_bias: whether q_proj, k_proj and v_proj have a bias.
+        qk_norm_eps: epsilon of RMS norms over the channels of each query and key head (`q_norm`, `k_norm`), before
+            compression and rotary embedding, as in Qwen3; None for no norms.
         softmax_scale: factor of the scores; head_dim ** -0.5 by default.
         impl: implementation of the operators: `auto`, `reference`, `blockwise` or `triton`.
         loop_order: of selected attention; see `functional.selected_attention`.
@@ -94,6 +142,7 @@ class NativeSparseAttention(nn.Module):
         head_dim_v: int | None = None,
         rope_theta: float | None = 10000.0,
         qkv_bias: bool = False,
+        qk_norm_eps: float | None = None,
         softmax_scale: float | None = None,
         impl: str = "auto",
         loop_order: str = "auto",
@@ -121,8 +170,7 @@ class NativeSparseAttention(nn.Module):
         self.num_kv_pairs = len(BRANCHES) if config.branch_kv == "independent" else 1
         gate_heads = num_heads if config.gate == "per_head" else 1
 
-        def linear(inputs: int, outputs: int, bias: bool) -> nn.Linear:
-            return nn.Linear(inputs, outputs, bias=bias, device=device, dtype=dtype)
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
 
         def compressor(dim: int, position_embedding: bool) -> Compressor:
             return Compressor(
@@ -133,16 +181,12 @@ class NativeSparseAttention(nn.Module):
                 config.kernel_stride,
                 position_embedding,
                 impl=impl,
-                device=device,
-                dtype=dtype,
+                **factory,
             )
 
-        self.q_proj = linear(hidden_size, num_heads * head_dim, qkv_bias)
-        self.k_proj = linear(hidden_size, self.num_kv_pairs * num_kv_heads * head_dim, qkv_bias)
-        self.v_proj = linear(hidden_size, self.num_kv_pairs * num_kv_heads * head_dim_v, qkv_bias)
-        self.o_proj = linear(num_heads * head_dim_v, hidden_size, False)
+        self._make_projections(qkv_bias, qk_norm_eps, factory)
         # Not `gate_proj`, which is the SwiGLU's in Llama and would be caught by tools that go by names.
-        self.branch_gate_proj = linear(hidden_size, gate_heads * len(BRANCHES), True)
+        self.branch_gate_proj = BranchGate(hidden_size, gate_heads, **factory)
         self.compressor_k = compressor(head_dim, config.position_embedding in ("k", "kv"))
         self.compressor_v = compressor(head_dim_v, config.position_embedding == "kv")
         # After a norm, hidden states are about sqrt(hidden_size) long. At that length an optimizer that moves every
@@ -150,24 +194,31 @@ class NativeSparseAttention(nn.Module):
         self._gate_scale = hidden_size**-0.5
         self.reset_gates()
 
+    def _make_projections(self, qkv_bias: bool, qk_norm_eps: float | None, factory: dict[str, Any]) -> None:
+        """The modules between hidden states and heads."""
+        pairs, hidden_size = self.num_kv_pairs * self.num_kv_heads, self.hidden_size
+        self.q_proj = nn.Linear(hidden_size, self.num_heads * self.head_dim, bias=qkv_bias, **factory)
+        self.k_proj = nn.Linear(hidden_size, pairs * self.head_dim, bias=qkv_bias, **factory)
+        self.v_proj = nn.Linear(hidden_size, pairs * self.head_dim_v, bias=qkv_bias, **factory)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim_v, hidden_size, bias=False, **factory)
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
+        if qk_norm_eps is not None:
+            self.q_norm = nn.RMSNorm(self.head_dim, eps=qk_norm_eps, **factory)
+            self.k_norm = nn.RMSNorm(self.head_dim, eps=qk_norm_eps, **factory)
+
     def reset_parameters(self) -> None:
         """Fills all parameters with their start: `nn.Linear`'s, `Compressor`'s, and that of `reset_gates`."""
         for module in (self.q_proj, self.k_proj, self.v_proj, self.o_proj, self.compressor_k, self.compressor_v):
             module.reset_parameters()
+        for norm in (self.q_norm, self.k_norm):
+            if isinstance(norm, nn.RMSNorm):
+                norm.reset_parameters()
         self.reset_gates()
 
-    @torch.no_grad()
     def reset_gates(self) -> None:
-        """Starts every gate at 1/3, for every token.
-
-        Near the start of a sequence the selected and the window branch are each the full attention, and the compressed
-        one resembles it, so that weights which sum to 1 make about full attention: a converted model begins where it
-        was, and one trained from scratch begins with an output of the usual size. Zero weights, since a gate
-        that already differs between tokens at random teaches nothing; their gradient is not zero.
-        """
-        nn.init.zeros_(self.branch_gate_proj.weight)
-        # sigmoid(b) = 1 / X  <=>  b = -log(X - 1)
-        nn.init.constant_(self.branch_gate_proj.bias, -math.log(len(BRANCHES) - 1))
+        """Starts the gates as `BranchGate.reset_parameters` says."""
+        self.branch_gate_proj.reset_parameters()
 
     def new_cache(
         self,
@@ -185,7 +236,8 @@ class NativeSparseAttention(nn.Module):
             capacity: tokens that a sequence may have; None to grow as needed.
             num_layers: layers that it serves.
             dtype: of keys and values: that of the parameters by default, or of `torch.autocast` where it is enabled.
-            **options: `page_size`, `num_pages`, `max_crop` and `pools` of `NSACache`.
+            **options: `page_size`, `num_pages`, `max_crop` and `pools` of `NSACache`; others replace what follows from
+                the layer.
 
         Example:
             >>> NativeSparseAttention(64, num_heads=4, num_kv_heads=2, head_dim=16).new_cache(2, 1000).capacity
@@ -195,19 +247,15 @@ class NativeSparseAttention(nn.Module):
         if dtype is None:
             autocast = torch.is_autocast_enabled(device.type)
             dtype = torch.get_autocast_dtype(device.type) if autocast else self.q_proj.weight.dtype
-        return NSACache(
-            self.config,
-            num_layers=num_layers,
-            batch=batch,
-            capacity=capacity,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            head_dim_v=self.head_dim_v,
-            rotary=self.rope_theta is not None,
-            device=device,
-            dtype=dtype,
-            **options,
-        )
+        own: dict[str, Any] = {
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "head_dim_v": self.head_dim_v,
+            "rotary": self.rope_theta is not None,
+            "device": device,
+            "dtype": dtype,
+        }
+        return NSACache(self.config, num_layers=num_layers, batch=batch, capacity=capacity, **own | options)
 
     def forward(
         self,
@@ -237,24 +285,34 @@ class NativeSparseAttention(nn.Module):
         """
         token_dims = check_hidden_states(hidden_states, self.hidden_size)
         layout = SequenceLayout.of("hidden_states", hidden_states, token_dims == 2, cu_seqlens)
+        hidden = hidden_states.flatten(0, -2)
         if cache is not None:
             with torch.no_grad():
-                return self._forward(hidden_states, layout, self._positions(layout, position_ids, cache), cache)
+                self._check_cache(layout, position_ids, cache)
+                return self._forward(hidden, layout, self._step_rotary(cache.step), cache).view(hidden_states.shape)
         positions = positions_of("hidden_states", hidden_states, token_dims, position_ids, layout)
-        return self._forward(hidden_states, layout, positions, None)
+        return self._forward(hidden, layout, self._rotary(positions), None).view(hidden_states.shape)
 
     def _forward(
-        self, hidden_states: Tensor, layout: SequenceLayout, positions: Tensor, cache: LayerCache | None
+        self, hidden: Tensor, layout: SequenceLayout, rotary: Rotary | None, cache: LayerCache | None
     ) -> Tensor:
-        hidden = hidden_states.flatten(0, -2)
-        q_NHD = self.q_proj(hidden).unflatten(-1, (self.num_heads, self.head_dim))
-        k_NXHD = self.k_proj(hidden).unflatten(-1, (self.num_kv_pairs, self.num_kv_heads, self.head_dim))
-        v_NXHD = self.v_proj(hidden).unflatten(-1, (self.num_kv_pairs, self.num_kv_heads, self.head_dim_v))
+        """Attention of packed tokens `[N, hidden_size]`."""
+        q_NHD, k_NXHD, v_NXHD = self._heads(hidden)
         gates_NHX = self.branch_gate_proj(hidden * self._gate_scale).unflatten(-1, (-1, len(BRANCHES)))
         # The operators accumulate in float32 by themselves; autocast would round their scores to its own dtype.
         with torch.autocast(hidden.device.type, enabled=False):
-            out_NHD = self._attend(q_NHD, k_NXHD, v_NXHD, gates_NHX, layout, positions, cache)
-        return self.o_proj(out_NHD.flatten(1)).view(hidden_states.shape)
+            out_NHD = self._attend(q_NHD, k_NXHD, v_NXHD, gates_NHX, layout, rotary, cache)
+        return self.o_proj(out_NHD.flatten(1))
+
+    def _heads(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries `[N, Hq, D]`, keys and values of the branches `[N, X, Hk, D]`, not rotated."""
+        q_NHD = self.q_proj(hidden).unflatten(-1, (self.num_heads, self.head_dim))
+        k_NXHD = self.k_proj(hidden).unflatten(-1, (self.num_kv_pairs, self.num_kv_heads, self.head_dim))
+        v_NXHD = self.v_proj(hidden).unflatten(-1, (self.num_kv_pairs, self.num_kv_heads, self.head_dim_v))
+        if self.q_norm is not None and self.k_norm is not None:
+            # A norm of float32 weights leaves autocast's dtype.
+            q_NHD, k_NXHD = self.q_norm(q_NHD).to(v_NXHD.dtype), self.k_norm(k_NXHD).to(v_NXHD.dtype)
+        return q_NHD, k_NXHD, v_NXHD
 
     def _attend(
         self,
@@ -263,14 +321,11 @@ class NativeSparseAttention(nn.Module):
         v_NXHD: Tensor,
         gates_NHX: Tensor,
         layout: SequenceLayout,
-        positions: Tensor,
+        rotary: Rotary | None,
         cache: LayerCache | None,
     ) -> Tensor:
         """The gated sum of the branches. Indexing by branch works for shared and for independent keys alike."""
-        if cache is None:
-            by = self._rotation(positions, q_NHD.dtype)
-        else:
-            by = self._step_rotation(cache.step, "tokens", positions, q_NHD.dtype)
+        by = None if rotary is None else rotary.tokens
         compressed, selected, window = range(3) if self.num_kv_pairs == 3 else (0, 0, 0)
         k_selected = _rotated(k_NXHD[:, selected], by)
         k_window = k_selected if window == selected else _rotated(k_NXHD[:, window], by)
@@ -281,7 +336,7 @@ class NativeSparseAttention(nn.Module):
         k = Branches(k_first, k_selected, k_window)
         v = Branches(*(v_NXHD[:, branch] for branch in (compressed, selected, window)))
         if cache is not None:
-            out, block_indices = self._attend_cached(q_NHD, k, v, gates_NHX, cache)
+            out, block_indices = self._attend_cached(q_NHD, k, v, gates_NHX, rotary, cache)
         else:
             k_compressed = self.compressor_k(k.compressed, layout)
             if self.config.rope == "after":
@@ -322,14 +377,16 @@ class NativeSparseAttention(nn.Module):
             recompute=self.recompute,
         )
 
-    def _attend_cached(self, q: Tensor, k: Branches, v: Branches, gates: Tensor, cache: LayerCache) -> NSAOutput:
+    def _attend_cached(
+        self, q: Tensor, k: Branches, v: Branches, gates: Tensor, rotary: Rotary | None, cache: LayerCache
+    ) -> NSAOutput:
         """Keeps the new tokens, and attends to them and to all before."""
         step = cache.step
         if k.selected.dtype != cache.cache.dtype:
             raise bad("cache", f"of {k.selected.dtype}, as the keys are", cache.cache.dtype, "make it with that dtype")
         by = None
-        if step.windows is not None and self.config.rope == "after":
-            by = self._step_rotation(step, "windows", step.windows.starts, k.selected.dtype)
+        if step.windows is not None and self.config.rope == "after" and rotary is not None:
+            by = rotary.at(step.windows.starts)
         dtype = k.selected.dtype
         cache.append(k, v, self.compressor_k.compression(dtype), self.compressor_v.compression(dtype), by, self.impl)
         if step.fresh:
@@ -352,18 +409,27 @@ class NativeSparseAttention(nn.Module):
         k, v = Branches(k_all, k_all, k_window), Branches(v_all, v_all, v_window)
         return self._attend_packed(q, k, v, *cache.packed_compressed(), gates, step.layout)
 
-    def _rotation(self, positions: Tensor, dtype: torch.dtype) -> Rotation | None:
-        return None if self.rope_theta is None else rotation(positions, self.head_dim, self.rope_theta, dtype)
+    def _rotary(self, positions: Tensor) -> Rotary | None:
+        """The rotations of tokens at these positions, and of any others."""
+        if self.rope_theta is None:
+            return None
+        return Rotary(self._rotation(positions), self._rotation)
 
-    def _step_rotation(self, step: Step, name: str, positions: Tensor, dtype: torch.dtype) -> Rotation | None:
-        """The rotation of positions of a step, which is the same in all layers with the same frequencies."""
-        key = name, self.head_dim, self.rope_theta, dtype
+    def _step_rotary(self, step: Step) -> Rotary | None:
+        """The same of a step, computed once for all layers with the same frequencies."""
+        if self.rope_theta is None:
+            return None
+        key = self.head_dim, self.rope_theta, self.q_proj.weight.dtype == torch.float64
         if key not in step.memory:
-            step.memory[key] = self._rotation(positions, dtype)
+            step.memory[key] = Rotary(self._rotation(step.positions), self._rotation)
         return step.memory[key]
 
-    def _positions(self, layout: SequenceLayout, position_ids: Tensor | None, cache: LayerCache) -> Tensor:
-        """The positions of tokens that extend a cache, which is of this layer and is being extended by them."""
+    def _rotation(self, positions: Tensor) -> Rotation:
+        assert self.rope_theta is not None
+        return rotation(positions, self.head_dim, self.rope_theta, self.q_proj.weight.dtype)
+
+    def _check_cache(self, layout: SequenceLayout, position_ids: Tensor | None, cache: LayerCache) -> None:
+        """The cache is of this layer, and is being extended by these tokens."""
         of = cache.cache
         sizes = {
             "config": (of.config, self.config),
@@ -381,7 +447,6 @@ class NativeSparseAttention(nn.Module):
         if layout.lengths != cache.step.new_layout.lengths:
             expected = f"of the lengths {list(cache.step.new_layout.lengths)} by which the cache is extended"
             raise bad("hidden_states", expected, list(layout.lengths))
-        return cache.step.positions
 
     def extra_repr(self) -> str:
         """What the submodules do not show."""

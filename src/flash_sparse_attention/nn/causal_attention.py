@@ -102,7 +102,7 @@ class CausalAttention(nn.Module):
         if self.rope_theta is not None:
             by = rotation(positions, self.head_dim, self.rope_theta, q.dtype)
             q, k = rotate(q, by), rotate(k, by)
-        return self.o_proj(_attend(q, k, v, layout).flatten(1)).view(hidden_states.shape)
+        return self.o_proj(causal_attention(q, k, v, layout).flatten(1)).view(hidden_states.shape)
 
     def extra_repr(self) -> str:
         """What the submodules do not show."""
@@ -112,16 +112,19 @@ class CausalAttention(nn.Module):
         )
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout, softmax_scale: float | None = None
+) -> Tensor:
     """Causal attention within each sequence, `[N, H, D]` in and out: one call where all lengths are equal."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=softmax_scale, enable_gqa=True).transpose(
+            1, 2
+        )
+
     if len(set(layout.lengths)) <= 1:
-        return _causal(*(x.unflatten(0, (layout.batch, layout.max_length)) for x in (q, k, v))).flatten(0, 1)
+        return attend(*(x.unflatten(0, (layout.batch, layout.max_length)) for x in (q, k, v))).flatten(0, 1)
     # scaled_dot_product_attention has no bounds of sequences on a CPU, and a mask would cost it its fast kernels.
     parts = zip(*(x.split(layout.lengths) for x in (q, k, v)), strict=True)
-    return torch.cat([_causal(q[None], k[None], v[None])[0] for q, k, v in parts])
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`[B, S, H, D]` in and out."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    return torch.cat([attend(q[None], k[None], v[None])[0] for q, k, v in parts])

@@ -6,6 +6,7 @@ the call, so there is no table, nothing in a state dict, and no longest length.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,27 @@ class Rotation(NamedTuple):
     def at(self, tokens: Tensor) -> Rotation:
         """The rotations of these tokens (indices, int64 `[M]`)."""
         return Rotation(self.cos[tokens], self.sin[tokens])
+
+
+class Rotary:
+    """The rotations of the tokens of a forward pass, and of other positions that it needs, each computed once.
+
+    Args:
+        tokens: of its tokens.
+        compute: positions, integers `[M]` -> their rotation.
+    """
+
+    def __init__(self, tokens: Rotation, compute: Callable[[Tensor], Rotation]) -> None:
+        self.tokens, self._compute = tokens, compute
+        self._others: list[tuple[Tensor, Rotation]] = []
+
+    def at(self, positions: Tensor) -> Rotation:
+        """The rotations of tokens at these positions, kept for whoever asks for the same tensor."""
+        for known, found in self._others:
+            if known is positions:
+                return found
+        self._others.append((positions, self._compute(positions)))
+        return self._others[-1][1]
 
 
 def check_rotary(head_dim: int, theta: float) -> None:
