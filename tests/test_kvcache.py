@@ -121,4 +121,4 @@ def test_queries_that_do_not_fit():
     with pytest.raises(ValueError, match="gates must be"):
         nsa_attention_with_kvcache(q, gates[:, :, :2], filled.pages, SMALL)
     with pytest.raises(ValueError, match="pages must be a KVPages, got tuple"):
-        nsa_attention_with_kvcache(q, gates, (1, 2), SMALL)  # type: ignore[arg-type]
+        nsa_attention_with_kvcache(q, gates, (1, 2), SMALL)
