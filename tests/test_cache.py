@@ -366,6 +366,20 @@ def test_nothing_else_happens_within_a_step(layer: NativeSparseAttention):
     assert cache.lengths == (0, 0)
 
 
+@pytest.mark.parametrize("impl", ["reference", "blockwise"])
+@pytest.mark.parametrize("page_size", [None, 32])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nothing_is_read_that_was_not_written(name: str, page_size: int | None, impl: str):
+    layer = layer_of(CONFIGS[name], impl=impl)
+    x, outs = torch.randn(sum(LENGTHS), HIDDEN, dtype=torch.float64), []
+    for fill in (0.0, torch.nan):
+        cache = layer.new_cache(len(LENGTHS), 160) if page_size is None else paged(layer, page_size)
+        for pool in cache.layers[0].pools():
+            pool.fill_(fill)
+        outs.append(read(layer, x, LENGTHS, [29, 1, 3, 18], cache))
+    assert torch.equal(*outs)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_model_token_by_token(name: str):
     config = LanguageModelConfig(num_layers=2, hidden_size=32, intermediate_size=32, head_dim=8, nsa=CONFIGS[name])
