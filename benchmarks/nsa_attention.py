@@ -14,15 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import triton
-from timing import commit, kernels, milliseconds
+from timing import commit, header, kernels, milliseconds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -327,16 +324,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for the file")
     arguments = parser.parse_args()
     report = {
-        "command": "python benchmarks/nsa_attention.py " + " ".join(sys.argv[1:]),
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "flash_sparse_attention": fsa.__version__,
-        "commit": arguments.commit,
-        "dtype": "bfloat16",
+        **header(arguments.commit, "bfloat16"),
         "parts": [measure_parts(tokens, *arguments.heads, arguments.repeats) for tokens in arguments.parts],
         "lengths": [],
     }

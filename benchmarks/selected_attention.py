@@ -15,14 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
-from datetime import date
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import triton
-from timing import commit, kernels, milliseconds
+from timing import commit, header, kernels, milliseconds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -183,16 +180,7 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = SHAPES if arguments.shapes is None else [tuple(map(int, shape.split(","))) for shape in arguments.shapes]
     report = {
-        "command": "python benchmarks/selected_attention.py " + " ".join(sys.argv[1:]),
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "flash_sparse_attention": fsa.__version__,
-        "commit": arguments.commit,
-        "dtype": "bfloat16",
+        **header(arguments.commit, "bfloat16"),
         "shapes": [measure(shape, arguments.repeats) for shape in chosen],
     }
     if arguments.output is not None:

@@ -1,13 +1,19 @@
-"""What the GPU benchmarks share: times of a run, of its kernels, and the commit that is measured."""
+"""What the GPU benchmarks share: times of a run, of its kernels, and what their reports begin with."""
 
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+import flash_sparse_attention as fsa
 
 
 def milliseconds(run: Callable[[], object], flush: Tensor) -> float:
@@ -35,3 +41,22 @@ def commit() -> str:
     """The commit that is measured."""
     command = ["git", "describe", "--always", "--dirty"]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def header(measured: str, dtype: str) -> dict[str, Any]:
+    """What a report begins with: how, when, where and of which versions and commit it was measured."""
+    # Here, as benchmarks on a CPU need no Triton.
+    import triton
+
+    return {
+        "command": f"python benchmarks/{Path(sys.argv[0]).name} " + " ".join(sys.argv[1:]),
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "flash_sparse_attention": fsa.__version__,
+        "commit": measured,
+        "dtype": dtype,
+    }

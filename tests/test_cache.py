@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -202,9 +203,12 @@ def test_crop_beyond_the_tail():
         cache.crop(100)
     assert cache.lengths == (200,)
     cache.crop(190)
-    # What the tail lost when there were 200 tokens is still lost.
-    with pytest.raises(ValueError, match=r"lengths\[0\] must be 0, or a length that the tail .*, got 185"):
-        cache.crop(185)
+    # What the tail lost when there were 200 tokens is still lost, whatever is appended.
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"lengths\[0\] must be 0, or a length that the tail .*, got 185"):
+            cache.crop(185)
+        with cache.extend(SequenceLayout.uniform(1, 1)):
+            layer(torch.randn(1, 1, HIDDEN, dtype=torch.float64), cache=cache.layers[0])
     cache.crop(0)
     whole = layer_of(CONFIGS["fla"]).new_cache(1, 300, max_crop=0)
     assert not whole.layers[0].has_tail
@@ -364,6 +368,156 @@ def test_nothing_else_happens_within_a_step(layer: NativeSparseAttention):
     ):
         pass
     assert cache.lengths == (0, 0)
+
+
+@pytest.mark.parametrize("impl", ["reference", "blockwise"])
+@pytest.mark.parametrize("page_size", [None, 32])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nothing_is_read_that_was_not_written(name: str, page_size: int | None, impl: str):
+    layer = layer_of(CONFIGS[name], impl=impl)
+    x, outs = torch.randn(sum(LENGTHS), HIDDEN, dtype=torch.float64), []
+    for fill in (0.0, torch.nan):
+        cache = layer.new_cache(len(LENGTHS), 160) if page_size is None else paged(layer, page_size)
+        for pool in cache.layers[0].pools():
+            pool.fill_(fill)
+        outs.append(read(layer, x, LENGTHS, [29, 1, 3, 18], cache))
+    assert torch.equal(*outs)
+
+
+class Course:
+    """A cache, and what each of its sequences should hold; every step is compared with reading all at once.
+
+    Attributes:
+        texts: hidden states of the tokens of each sequence.
+        longest: tokens that each sequence had at the most since it was empty.
+        shared: tokens of each sequence in pages that may be another one's too.
+    """
+
+    BATCH, CAPACITY, PAGE = 3, 112, 32
+
+    def __init__(self, layer: NativeSparseAttention, kind: str, max_crop: int | None, draw: random.Random) -> None:
+        self.layer, self.draw, self.paged = layer, draw, kind == "paged"
+        self.max_crop = 10**9 if max_crop is None else max_crop
+        pages = {"page_size": self.PAGE, "num_pages": 24} if self.paged else {}
+        capacity = None if kind == "growing" else self.CAPACITY
+        self.cache = layer.new_cache(self.BATCH, capacity, max_crop=max_crop, **pages)
+        for pool in self.cache.layers[0].pools():
+            pool.fill_(torch.nan)
+        self.texts = [torch.zeros(0, HIDDEN, dtype=torch.float64)] * self.BATCH
+        self.longest, self.shared = [0] * self.BATCH, [0] * self.BATCH
+        self.rows = torch.arange(12).view(self.BATCH, 4).tolist()
+        if self.paged:
+            self.cache.set_pages(torch.tensor(self.rows, dtype=torch.int32))
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(text) for text in self.texts]
+
+    def beyond_the_tail(self, lengths: list[int]) -> list[int]:
+        """Sequences that may have lost what they need to go on at these lengths."""
+        return [b for b, length in enumerate(lengths) if length and self.longest[b] - length > self.max_crop]
+
+    def append(self, counts: list[int], fail: bool = False) -> None:
+        counts = [min(count, self.CAPACITY - length) for count, length in zip(counts, self.lengths, strict=True)]
+        layout = SequenceLayout.from_lengths(counts)
+        new = torch.randn(layout.total_tokens, HIDDEN, dtype=torch.float64)
+        longer = [torch.cat(pair) for pair in zip(self.texts, new.split(counts), strict=True)]
+        try:
+            with self.cache.extend(layout):
+                got = self.layer(new, layout, cache=self.cache.layers[0])
+                if fail:
+                    raise RuntimeError
+        except RuntimeError:
+            self.longest = [max(pair) for pair in zip(self.longest, map(len, longer), strict=True)]
+            return
+        except ValueError as error:
+            self.lose("whole, got without what its next window needs", error)
+            return
+        self.texts = longer
+        self.longest = [max(pair) for pair in zip(self.longest, self.lengths, strict=True)]
+        with torch.no_grad():
+            whole = self.layer(torch.cat(longer), SequenceLayout.from_lengths(self.lengths)).split(self.lengths)
+        expected = [out[len(out) - count :] for out, count in zip(whole, counts, strict=True)]
+        torch.testing.assert_close(got, torch.cat(expected), rtol=1e-10, atol=1e-10)
+
+    def piece(self) -> None:
+        self.append([self.draw.choice((0, self.draw.randint(1, 50))) for _ in self.texts])
+
+    def step(self) -> None:
+        self.append([self.draw.randint(1, 5)] * self.BATCH)
+
+    def fail(self) -> None:
+        self.append([self.draw.choice((0, 1, 7, 40)) for _ in self.texts], fail=True)
+
+    def crop(self) -> None:
+        lowest = [min(length, max(1, shared)) for length, shared in zip(self.lengths, self.shared, strict=True)]
+        to = [max(low, length - self.draw.randint(0, 20)) for low, length in zip(lowest, self.lengths, strict=True)]
+        try:
+            self.cache.crop(to)
+        except ValueError:
+            assert self.beyond_the_tail(to)
+        else:
+            self.texts = [text[:length] for text, length in zip(self.texts, to, strict=True)]
+
+    def lose(self, expected: str, error: ValueError) -> None:
+        """Empties what a failed step has left without its tail, and nothing else may be refused for that."""
+        if expected not in str(error):
+            raise error
+        self.empty(self.beyond_the_tail(self.lengths))
+
+    def crop_to_nothing(self) -> None:
+        self.empty([self.draw.randrange(self.BATCH)])
+
+    def empty(self, sequences: list[int]) -> None:
+        assert sequences
+        self.cache.crop([0 if b in sequences else length for b, length in enumerate(self.lengths)])
+        for b in sequences:
+            self.texts[b], self.longest[b], self.shared[b] = self.texts[b][:0], 0, 0
+            # Others may go on with its pages.
+            self.rows[b] = self.unused_pages()
+        if self.paged:
+            self.set_pages()
+
+    def reorder(self) -> None:
+        """Any order of a dense cache; with pages, sequences change places, or one goes on from pages of another."""
+        order = self.draw.choices(range(self.BATCH), k=self.BATCH)
+        if self.paged:
+            # Pages of a sequence that has lost its tail are not taken; it is emptied while it is known by its number.
+            self.set_pages()
+            order = self.draw.sample(range(self.BATCH), self.BATCH)
+        else:
+            self.cache.reorder(order)
+        self.texts, self.longest, self.shared, self.rows = (
+            [x[b] for b in order] for x in (self.texts, self.longest, self.shared, self.rows)
+        )
+        if self.paged:
+            full = self.lengths[0] // self.PAGE
+            self.rows[1] = [*self.rows[0][:full], *self.unused_pages()[full:]]
+            self.texts[1], self.longest[1] = self.texts[0][: full * self.PAGE], full * self.PAGE
+            self.shared[0] = self.shared[1] = full * self.PAGE
+            self.set_pages()
+
+    def unused_pages(self) -> list[int]:
+        return self.draw.sample([page for page in range(24) if not any(page in row for row in self.rows)], 4)
+
+    def set_pages(self) -> None:
+        try:
+            self.cache.set_pages(torch.tensor(self.rows, dtype=torch.int32), self.lengths)
+        except ValueError as error:
+            self.lose("such that the tails of the pages reach back so far", error)
+
+
+@pytest.mark.parametrize("max_crop", [0, 12, None])
+@pytest.mark.parametrize("kind", ["dense", "growing", "paged"])
+@pytest.mark.parametrize("name", ["paper", "fsa"])
+def test_any_course(name: str, kind: str, max_crop: int | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("flash_sparse_attention.cache.FIRST_CAPACITY", 16)
+    draw = random.Random(f"{name} {kind} {max_crop}")
+    course = Course(layer_of(CONFIGS[name]), kind, max_crop, draw)
+    often, seldom = (course.piece, course.step, course.crop), (course.fail, course.reorder, course.crop_to_nothing)
+    for _ in range(30):
+        draw.choice((*often, *often, *seldom))()
+        assert list(course.cache.lengths) == course.cache.seq_lens.tolist() == course.lengths
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from flash_sparse_attention import KVPages, NSAConfig, nsa_attention_with_kvcache
 from pages import SMALL, Filled
@@ -81,6 +82,65 @@ def test_pages_that_are_none_are_not_attended_to():
     assert not torch.equal(got, nsa_attention_with_kvcache(q, gates, filled.pages, SMALL, impl="blockwise").out)
 
 
+def dense(filled: Filled, sequence: int, position: int, there: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
+    """Output `[Hq, Dv]` and blocks `[Hk, T]` of a token by dense attention to what stands in pages that are there."""
+    config, own = filled.config, slice(*filled.layout.cu_seqlens[sequence : sequence + 2].tolist())
+    stride, length = config.kernel_stride, own.stop - own.start
+    before = filled.layout.compressed(config.kernel_size, stride).cu_seqlens[sequence : sequence + 2].tolist()
+    q, gates = filled.q[own][position], filled.gates[own][position]
+    heads_k = filled.heads[1]
+
+    def attend(k: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+        scores = torch.einsum("kgd,skd->kgs", q.unflatten(0, (heads_k, -1)), k) * q.shape[-1] ** -0.5
+        p = scores.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0.0)
+        return torch.einsum("kgs,skv->kgv", p, v).flatten(0, 1), p.sum(1)
+
+    # Chunks of d tokens: a compressed token stands by the last one of its window.
+    windows, chunks = torch.arange(before[1] - before[0])[:, None], torch.arange(-(-length // stride))
+    newest = windows + config.kernel_size // stride - 1
+    seen = (newest + 1) * stride <= position + 1
+    kept = [x[slice(*before)] for x in (filled.k_compressed, filled.v_compressed)]
+    compressed, p_KM = attend(*kept, (seen & there[newest * stride // page_size]).T)
+
+    blocks = torch.arange(position // config.block_size + 1)
+    in_window = ((chunks >= windows) & (chunks <= newest)).double()
+    in_block = (chunks * stride // config.block_size == blocks[:, None]).double()
+    forced = (blocks < config.num_init_blocks) | (blocks > blocks[-1] - config.num_local_blocks)
+    ranking_KJ = (p_KM @ in_window @ in_block.T).masked_fill(forced, torch.inf)
+    order = ranking_KJ.sort(dim=-1, descending=True, stable=True).indices[:, : config.num_selected_blocks]
+    chosen = order.sort(-1).values
+    chosen = torch.nn.functional.pad(chosen, (0, config.num_selected_blocks - chosen.shape[-1]), value=-1)
+
+    tokens = torch.arange(length)
+    past = (tokens <= position) & there[tokens // page_size]
+    named = (tokens // config.block_size == chosen[..., None]).any(1)
+    selected, _ = attend(filled.k[own], filled.v[own], (past & named)[:, None])
+    window, _ = attend(filled.k_window[own], filled.v_window[own], past & (tokens > position - config.window_size))
+    return (torch.stack([compressed, selected, window], -1) * gates.sigmoid()[:, None]).sum(-1), chosen
+
+
+@pytest.mark.parametrize("page_size", [16, 48])
+@pytest.mark.parametrize("missing", [(), (2,), (0, 3), (1, -1), "all"], ids=str)
+def test_tokens_of_pages_that_are_none_are_left_out(missing: tuple[int, ...] | str, page_size: int):
+    filled, tokens = Filled((200, 7, 131), page_size=page_size), 3
+    table = filled.pages.page_table.clone()
+    there = torch.ones(3, table.shape[1], dtype=torch.bool)
+    for b, length in enumerate(filled.layout.lengths):
+        count = -(-length // page_size)
+        for column in range(count) if missing == "all" else {x % count for x in missing}:
+            there[b, column] = False
+            # What is no page may be any number that names none.
+            table[b, column] = (-1, 10**6, -(2**31))[b]
+    broken = dataclasses.replace(filled.pages, page_table=table)
+    got = nsa_attention_with_kvcache(*filled.last(tokens), broken, SMALL, impl="blockwise")
+    for b, length in enumerate(filled.layout.lengths):
+        for i in range(tokens):
+            out, chosen = dense(filled, b, length - tokens + i, there[b], page_size)
+            assert torch.equal(got.block_indices[b, i].long(), chosen)
+            torch.testing.assert_close(got.out[b, i], out, rtol=1e-10, atol=1e-10)
+    assert missing != "all" or got.out.eq(0).all()
+
+
 def test_half_precision_is_computed_in_float32():
     filled = Filled((120, 77), dtype=torch.bfloat16)
     q, gates = filled.last(2)
@@ -121,4 +181,4 @@ def test_queries_that_do_not_fit():
     with pytest.raises(ValueError, match="gates must be"):
         nsa_attention_with_kvcache(q, gates[:, :, :2], filled.pages, SMALL)
     with pytest.raises(ValueError, match="pages must be a KVPages, got tuple"):
-        nsa_attention_with_kvcache(q, gates, (1, 2), SMALL)  # type: ignore[arg-type]
+        nsa_attention_with_kvcache(q, gates, (1, 2), SMALL)

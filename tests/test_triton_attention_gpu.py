@@ -13,6 +13,7 @@ from torch import Tensor
 from flash_sparse_attention import NSAConfig, SequenceLayout, nsa_attention
 from flash_sparse_attention.accuracy import FULL, Case, judge
 from flash_sparse_attention.nn import NativeSparseAttention
+from graphs import recorded
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -89,15 +90,7 @@ def test_recompute_keeps_less():
 
 def captured(run: Callable[[], list[Tensor]], change: Callable[[], None]) -> tuple[list[Tensor], list[Tensor]]:
     """What a replayed graph of `run` gives after the inputs changed, and what `run` does."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = run()
+    graph, outputs = recorded(run)
     change()
     graph.replay()
     return outputs, run()

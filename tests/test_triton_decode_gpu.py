@@ -14,6 +14,7 @@ from flash_sparse_attention import Interval, NSAConfig, SequenceLayout, nsa_atte
 from flash_sparse_attention.accuracy.budgets import Errors, compare, compare_selection
 from flash_sparse_attention.impl import WITH_KVCACHE, reference, resolve
 from flash_sparse_attention.types import NSAOutput
+from graphs import recorded
 from pages import Filled
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -135,15 +136,7 @@ def test_auto_takes_the_kernels_and_is_bitwise_equal_from_run_to_run():
 def test_a_captured_graph_takes_other_lengths_and_pages(tokens: int):
     filled, run = small(tokens)
     lens, table = filled.pages.seq_lens, filled.pages.page_table
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, captured = recorded(run)
     pages = table.clone()
     for lengths in ((1499, 1, 64), (700, 0, 90), (2, 699, 89), (1500, 700, 90), (10**9, -5, 31)):
         lens.copy_(torch.tensor(lengths, dtype=torch.int32))

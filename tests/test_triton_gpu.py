@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flash_sparse_attention import SequenceLayout, selected_attention
 from flash_sparse_attention.accuracy import FULL, Case, judge
+from graphs import recorded
 from triton_cases import config, random_selection, selected_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -110,15 +111,7 @@ def test_captured_in_a_graph(loop_order: str):
     *leaves, d_out = inputs(600)
     indices, layout = random_selection(600, 2, 4, 10, "cuda"), SequenceLayout.from_lengths([250, 350], "cuda")
     common = {"loop_order": loop_order, "cu_seqlens": layout}
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            gradients(*leaves, d_out, indices, **common)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = gradients(*leaves, d_out, indices, **common)
+    graph, captured = recorded(lambda: gradients(*leaves, d_out, indices, **common))
     with torch.no_grad():
         for x in leaves:
             x.normal_()

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from . import geometry
 from .config import NSAConfig
-from .functional import compress, gather_windows, plan_step, pool_windows, store_rows
-from .impl import PLAN_STEP, POOL_WINDOWS, available
+from .functional import compress
+from .impl import GATHER_WINDOWS, PLAN_STEP, POOL_WINDOWS, STORE_ROWS, available, load, resolve
 from .types import Compression, KVPages, Place, SequenceLayout
 from .validation import FLOAT_DTYPES, bad, check_positive, check_tensor
 
@@ -534,8 +534,8 @@ class NSACache:
         first = self.layers[0]
         sizes = self.config.kernel_size, self.config.kernel_stride
         pools = len(first.k), self.page_size, first.tail_rows
-        position, place, tail, starts, to, kept, number, is_new = plan_step(
-            self.seq_lens, self.page_table, tokens, *sizes, *pools
+        position, place, tail, starts, to, kept, number, is_new = _compute(
+            PLAN_STEP, first.k, self.seq_lens, self.page_table, tokens, *sizes, *pools
         )
         if not capturing and not any(self._filled(lengths)):
             return position, place, tail, None
@@ -680,7 +680,7 @@ class LayerCache:
             pairs.append(((self.k_window, self.v_window), (k.window, v.window), step.place))
         if self.has_tail:
             pairs.append(((self.k_tail, self.v_tail), (k.compressed, v.compressed), step.tail))
-        store_rows(pairs)
+        _compute(STORE_ROWS, self.k, pairs, None)
 
     def _append_compressed(
         self,
@@ -699,18 +699,18 @@ class LayerCache:
         both = compression_k, compression_v
         pooled = k.dtype != torch.float64 and all(one.kind in ("mean", "weighted") for one in both)
         if pooled and not step.fresh and impl == "auto" and available(POOL_WINDOWS, k.device, k.dtype):
-            pool_windows(pools, tails, (k, v), *chosen, windows.place, both, by)
+            _compute(POOL_WINDOWS, k, pools, tails, (k, v), *chosen, windows.place, both, by)
             return
         layout = step.new_layout
         if not step.fresh:
-            k, v = gather_windows(tails, (k, v), *chosen)
+            k, v = _compute(GATHER_WINDOWS, self.k_tail, tails, (k, v), *chosen)
             layout = windows.layout
         sizes: dict[str, Any] = {"kernel_size": config.kernel_size, "kernel_stride": config.kernel_stride}
         k_compressed, v_compressed = (
             compress(x, **one._asdict(), **sizes, cu_seqlens=layout, impl=impl)
             for x, one in zip((k, v), both, strict=True)
         )
-        store_rows([(pools, (k_compressed, v_compressed), windows.place)], by)
+        _compute(STORE_ROWS, self.k, [(pools, (k_compressed, v_compressed), windows.place)], by)
 
     def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """k, v, k_window, v_window of all tokens `[N, Hk, D]`, packed by `step.layout.keys`."""
@@ -766,6 +766,12 @@ class LayerCache:
                 changed[id(old)] = change(name, old)
             named[name] = changed[id(old)]
         return named
+
+
+def _compute(operator: str, x: Tensor, *args: Any) -> Any:
+    """What writes a cache, by the implementation for tensors like `x`. What a cache keeps has no gradients."""
+    with torch.no_grad():
+        return load(resolve(operator, "auto", x.device, x.dtype))(*args)
 
 
 def _whole(tokens: int, block_size: int) -> int:

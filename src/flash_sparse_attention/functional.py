@@ -18,7 +18,7 @@ Sources: NSA, arXiv 2502.11089, equations 5 to 12; FSA, arXiv 2508.18224.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,20 +28,9 @@ from torch import Tensor
 from . import geometry
 from .config import NSAConfig, compression_kinds
 from .geometry import Interval
-from .impl import (
-    GATHER_WINDOWS,
-    PLAN_STEP,
-    POOL_WINDOWS,
-    STORE_ROWS,
-    WHOLE,
-    WITH_KVCACHE,
-    Capability,
-    available,
-    load,
-    resolve,
-)
+from .impl import WHOLE, WITH_KVCACHE, Capability, available, load, resolve
 from .precision import no_autocast
-from .types import AttentionOutput, Compression, KVPages, NSAOutput, Place, SequenceLayout
+from .types import AttentionOutput, Compression, KVPages, NSAOutput, SequenceLayout
 from .validation import (
     FLOAT_DTYPES,
     bad,
@@ -593,77 +582,6 @@ def nsa_attention_with_kvcache(
     scale = float(head_dim) ** -0.5 if softmax_scale is None else float(softmax_scale)
     with no_autocast(q):
         return NSAOutput(*compute(q, gates, pages, config, scale))
-
-
-def store_rows(
-    pairs: Sequence[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Place]],
-    by: tuple[Tensor, Tensor] | None = None,
-) -> None:
-    """Writes keys and values to their places in pools; what has no place is dropped.
-
-    Args:
-        pairs: at most three of (pools of keys and values `[P, rows, Hk, D]`, keys and values `[N, Hk, D]`, places),
-            of the same N, heads and channels. No two rows may have the same place.
-        by: cosine and sine `[N, D / 2]` by which keys are rotated first.
-    """
-    pool = pairs[0][0][0]
-    load(resolve(STORE_ROWS, "auto", pool.device, pool.dtype))(
-        [(pools, tuple(x.detach() for x in rows), place) for pools, rows, place in pairs], by
-    )
-
-
-def gather_windows(
-    tails: tuple[Tensor, Tensor], rows: tuple[Tensor, Tensor], tail: Place, new: Tensor, is_new: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The tokens of windows, keys and values `[W * L, Hk, D]`, of which some are kept and others new.
-
-    Args:
-        tails: pools `[P, rows, Hk, D]` of those that are kept.
-        rows: the new keys and values `[N, Hk, D]`.
-        tail: where a token is kept, `[W, L]`.
-        new: which of the new ones it is, `[W, L]`.
-        is_new: whether it is a new one.
-    """
-    compute = load(resolve(GATHER_WINDOWS, "auto", tails[0].device, tails[0].dtype))
-    return compute(tails, tuple(x.detach() for x in rows), tail, new, is_new)
-
-
-def pool_windows(
-    pools: tuple[Tensor, Tensor],
-    tails: tuple[Tensor, Tensor],
-    rows: tuple[Tensor, Tensor],
-    tail: Place,
-    new: Tensor,
-    is_new: Tensor,
-    place: Place,
-    compressions: tuple[Compression, Compression],
-    by: tuple[Tensor, Tensor] | None,
-) -> None:
-    """`gather_windows`, `compress` to (weighted) means, `store_rows`: all in one."""
-    compute = load(resolve(POOL_WINDOWS, "auto", rows[0].device, rows[0].dtype))
-    compute(pools, tails, tuple(x.detach() for x in rows), tail, new, is_new, place, compressions, by)
-
-
-def plan_step(
-    seq_lens: Tensor,
-    page_table: Tensor,
-    tokens: int,
-    kernel_size: int,
-    kernel_stride: int,
-    num_pages: int,
-    page_size: int,
-    tail_rows: int,
-) -> tuple[Tensor, Place, Place, Tensor, Place, Place, Tensor, Tensor]:
-    """Appends `tokens` to each sequence: adds them to `seq_lens` `[B]`, and says where things go.
-
-    Returns:
-        Positions of the new tokens `[B * tokens]`, their places, and those in the tail; then of `ceil(tokens / d)`
-        windows of each sequence, those that become full first: positions of their first tokens, places of their
-        compressed tokens, and what `gather_windows` takes: where their tokens are kept, which new ones they are, and
-        whether they are new.
-    """
-    compute = load(resolve(PLAN_STEP, "auto", seq_lens.device, torch.float32))
-    return compute(seq_lens, page_table, tokens, kernel_size, kernel_stride, num_pages, page_size, tail_rows)
 
 
 def check_pages(pages: KVPages, config: NSAConfig) -> None:

@@ -41,7 +41,13 @@ def nsa_attention_with_kvcache(
 def store_rows(
     pairs: list[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Place]], by: tuple[Tensor, Tensor] | None
 ) -> None:
-    """As `functional.store_rows`."""
+    """Writes keys and values to their places in pools; what has no place is dropped.
+
+    Args:
+        pairs: at most three of (pools of keys and values `[P, rows, Hk, D]`, keys and values `[N, Hk, D]`, places),
+            of the same N, heads and channels. No two rows may have the same place.
+        by: cosine and sine `[N, D / 2]` by which keys are rotated first.
+    """
     for pools, rows, place in pairs:
         if by is not None:
             (cos, sin), (first, second) = (x[:, None] for x in by), wide(rows[0]).chunk(2, -1)
@@ -58,7 +64,15 @@ def store_rows(
 def gather_windows(
     tails: tuple[Tensor, Tensor], rows: tuple[Tensor, Tensor], tail: Place, new: Tensor, is_new: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """As `functional.gather_windows`."""
+    """The tokens of windows, keys and values `[W * L, Hk, D]`, of which some are kept and others new.
+
+    Args:
+        tails: pools `[P, rows, Hk, D]` of those that are kept.
+        rows: the new keys and values `[N, Hk, D]`.
+        tail: where a token is kept, `[W, L]`.
+        new: which of the new ones it is, `[W, L]`.
+        is_new: whether it is a new one.
+    """
     chosen = is_new[..., None, None]
     pairs = zip(tails, rows, strict=True)
     k, v = (torch.where(chosen, x[new], old[tail.page, tail.row]).flatten(0, 1) for old, x in pairs)

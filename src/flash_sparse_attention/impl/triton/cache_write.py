@@ -33,7 +33,14 @@ def plan_step(
     page_size: int,
     tail_rows: int,
 ) -> tuple[Tensor, Place, Place, Tensor, Place, Place, Tensor, Tensor]:
-    """As `functional.plan_step`."""
+    """Appends `tokens` to each sequence: adds them to `seq_lens` `[B]`, and says where things go.
+
+    Returns:
+        Positions of the new tokens `[B * tokens]`, their places, and those in the tail; then of `ceil(tokens / d)`
+        windows of each sequence, those that become full first: positions of their first tokens, places of their
+        compressed tokens, and what `gather_windows` takes: where their tokens are kept, which new ones they are, and
+        whether they are new.
+    """
     batch, slots = len(seq_lens), triton.cdiv(tokens, kernel_stride)
 
     def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -68,7 +75,7 @@ def plan_step(
 
 
 def store_rows(pairs: list[tuple[Pair, Pair, Place]], by: Pair | None) -> None:
-    """As `functional.store_rows`; a token's heads are adjacent in all of them."""
+    """As `blockwise.store_rows`; a token's heads are adjacent in all of them."""
     if len(pairs[0][1][0]):
         _launch_store(pairs[0][1][0], pairs, by)
 
@@ -93,7 +100,7 @@ def _launch_store(k: Tensor, pairs: list[tuple[Pair, Pair, Place]], by: Pair | N
 
 
 def gather_windows(tails: Pair, rows: Pair, tail: Place, new: Tensor, is_new: Tensor) -> Pair:
-    """As `functional.gather_windows`."""
+    """As `blockwise.gather_windows`."""
     return _launch_gather(*rows, *tails, tail, new, is_new)
 
 
@@ -123,7 +130,7 @@ def pool_windows(
     compressions: tuple[Compression, Compression],
     by: Pair | None,
 ) -> None:
-    """As `functional.pool_windows`."""
+    """`gather_windows`, `compress` to (weighted) means, `store_rows`: all in one."""
     _launch_pool(*rows, pools, tails, tail, new, is_new, place, compressions, by)
 
 
