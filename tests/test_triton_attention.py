@@ -11,8 +11,18 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
-from flash_sparse_attention import Interval, NSAConfig, SequenceLayout, interval_attention, nsa_attention, select_blocks
+from flash_sparse_attention import (
+    Interval,
+    NSAConfig,
+    SequenceLayout,
+    combine,
+    interval_attention,
+    nsa_attention,
+    select_blocks,
+    selected_attention,
+)
 from flash_sparse_attention.accuracy import Case, judge
 
 pytestmark = [
@@ -146,6 +156,26 @@ def test_computed_again_is_the_same():
         assert all(torch.equal(a, b) for a, b in zip(gradients(recompute), kept, strict=True))
     with pytest.raises(ValueError, match="recompute must be one of"):
         gradients("gates")
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    """It gives each saved tensor once, whether an operator or the whole is what it computes again."""
+    q, k, v = draw(24, 24)
+    gates = torch.randn(24, 1, 3, requires_grad=True)
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
+        return nsa_attention(q, k, v, gates, SMALL, impl="triton").out
+
+    def window(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
+        out = interval_attention(q, k, v, Interval(window_size=9), impl="triton").out
+        return combine(out, out, selected_attention(q, k, v, indices, impl="triton").out, gates, impl="triton")
+
+    indices = torch.zeros(24, 2, 1, dtype=torch.int32)
+    for run in (attention, window):
+        plain = torch.autograd.grad(run(q, k, v, gates).square().sum(), (q, k, v, gates))
+        again = checkpoint(run, q, k, v, gates, use_reentrant=False)
+        found = torch.autograd.grad(again.square().sum(), (q, k, v, gates))
+        assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
 
 
 def test_saves_what_it_says():

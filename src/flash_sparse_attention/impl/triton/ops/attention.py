@@ -301,8 +301,9 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, grads):
-    inputs, saved = ctx.saved_tensors[:10], list(ctx.saved_tensors[10:])
-    gradients = _nsa_attention_backward(grads[0], *inputs, saved, *ctx.sizes)
+    # Once: activation checkpointing computes them again when they are taken, and refuses a second time.
+    saved = ctx.saved_tensors
+    gradients = _nsa_attention_backward(grads[0], *saved[:10], list(saved[10:]), *ctx.sizes)
     return (*gradients, None, None, *(None for _ in ctx.sizes))
 
 
