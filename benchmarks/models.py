@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
+import torch._inductor.config
 import transformers
 from timing import commit, header, milliseconds
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -63,6 +65,7 @@ BACKENDS = {"full, cudnn": SDPBackend.CUDNN_ATTENTION, "full, flash": SDPBackend
 NSA = NSAConfig.preset("fsa")
 # Rows of the first tokens that see the same with full and with sparse attention, but for the compressed branch.
 SAME_TOKENS, GATES = 512, [1e-4, 0.5, 0.5 - 1e-4]
+SAME = 0.04  # relative error; two ways to compute the same in bfloat16 are 0.02 apart after four layers
 
 
 def decoder(name: str, variant: str, layers: int, length: int, compile_layers: bool) -> torch.nn.Module:
@@ -164,7 +167,7 @@ def measure(name: str, layers: int, length: int, repeats: int, compile_layers: b
             row["peak_gib"][key] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
             print(f"{name} {length} {key}: {row['ms'][key]} ms, {row['peak_gib'][key]} GiB", flush=True)
         del model, run
-    if row["relative"]["loop orders"] > 0.02 or row["relative"]["sparse to full, first tokens"] > 0.02:
+    if max(row["relative"].values()) > SAME:
         raise RuntimeError(f"outputs differ: {row['relative']}")
     for kind in ("train", "prefill"):
         ours = row["ms"][f"{kind}, nsa, kv_outer"]
@@ -184,6 +187,9 @@ def main() -> None:
     parser.add_argument("--commit", default=None, help="what to call the commit; by default what git says")
     parser.add_argument("--output", type=Path, default=None, help="directory of models.json")
     args = parser.parse_args()
+    # A compiled graph names a backend, but its key in the cache does not: another one would be measured.
+    torch._functorch.config.enable_autograd_cache = False
+    torch._inductor.config.force_disable_caches = True
     warnings.filterwarnings("ignore", message=".*cuDNN Attention defaults to a non-deterministic.*")
     flush = torch.empty(1 << 28, device="cuda")
     report = header(args.commit or commit(), "bfloat16") | {"transformers": transformers.__version__, "rows": []}

@@ -1,4 +1,4 @@
-"""The command `fsa`: train, generate, inspect, verify, tune."""
+"""The command `fsa`: train, generate, inspect, verify, tune, convert."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
+from .convert import convert
 from .generate import generate
 from .inspect import inspect
 from .train import train
@@ -20,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, generate, inspect, verify, tune):
+for command in (train, generate, inspect, verify, tune, convert):
     app.command()(command)
 
 

@@ -10,10 +10,9 @@ from ...config import NSAConfig
 from ...nn.attention import BRANCHES
 from ...validation import bad
 
-# Weights of the compressed, the selected and the window branch that a converted model starts with; they sum to 1.
-# Measured on a trained model, see docs/transformers.md: compressed tokens are means of keys that nobody trained to be
-# averaged, and the window alone misses the first tokens, which pretrained models lean on.
-START_OF_GATES = (0.02, 0.9, 0.08)
+# Weights of the compressed, the selected and the window branch that a converted model starts with. They sum to 1, as
+# the last two are full attention where they cover everything. Measured on a trained model, see docs/transformers.md.
+START_OF_GATES = (0.02, 0.49, 0.49)
 # Frequencies that depend on the length of the text would rotate keys of a cache in two ways.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 

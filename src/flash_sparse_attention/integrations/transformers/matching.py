@@ -187,6 +187,8 @@ def warm_up(
                             f"{number + 1}: lower learning_rate, which is {learning_rate}"
                         )
                     optimizer.step()
+                    # Within autocast, weights that were cast would be taken for those of the next step.
+                    torch.clear_autocast_cache()
                     records.append(record)
                     if on_step is not None:
                         on_step(record)
