@@ -214,6 +214,19 @@ def read_state(checkpoint: Path) -> CheckpointState:
     return CheckpointState(**values)
 
 
+def read_byte_state(checkpoint: Path) -> CheckpointState:
+    """What `read_state` says, of a checkpoint of a `LanguageModel` of bytes.
+
+    Raises:
+        ValueError: as `read_state`, and if the model is one of transformers.
+    """
+    state = read_state(checkpoint)
+    if state.train_config.get("pretrained") is not None:
+        cure = f"use transformers: AutoModelForCausalLM.from_pretrained({str(checkpoint)!r}), and generate() of that"
+        raise bad("checkpoint", "that of a model of bytes", f"{str(checkpoint)!r}, of a model of transformers", cure)
+    return state
+
+
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
     """Puts the weights of the checkpoint into `model`.
 
@@ -268,10 +281,7 @@ def load_model(
         ValueError: if there is no checkpoint, or it is damaged.
     """
     checkpoint = find_checkpoint(path)
-    state = read_state(checkpoint)
-    if state.train_config.get("pretrained") is not None:
-        cure = f"load it with transformers: AutoModelForCausalLM.from_pretrained({str(checkpoint)!r})"
-        raise bad("checkpoint", "that of a model of bytes", f"{str(checkpoint)!r}, of a model of transformers", cure)
+    state = read_byte_state(checkpoint)
     model = LanguageModel(LanguageModelConfig.from_dict(state.model_config), impl=impl)
     load_weights(checkpoint, model)
     return model.to(device).eval(), state

@@ -178,9 +178,8 @@ class Board:
                 for key, part in value.items():
                     self._writer.add_scalar(f"{name}/{key}", part, record.step)
             elif value is not None and name != "step":
-                self._writer.add_scalar(
-                    f"{'held_out' if name.startswith('eval_') else 'train'}/{name}", value, record.step
-                )
+                side = "held_out" if name.startswith("eval_") else "train"
+                self._writer.add_scalar(f"{side}/{name}", value, record.step)
 
     def close(self) -> None:
         """Writes what is left."""

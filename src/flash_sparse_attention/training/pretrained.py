@@ -1,12 +1,14 @@
 """Models of transformers in training: loading, conversion, the loss of long packs, saving.
 
-transformers is imported when a model is loaded, and not before.
+transformers is imported when a model is loaded, and not before. Every process of several loads all weights before they
+are sharded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,6 @@ from torch.utils.checkpoint import checkpoint as computed_again
 from ..config import NSAConfig
 from ..types import SequenceLayout
 from ..validation import bad
-from .checkpoint import find_checkpoint
 from .config import TrainConfig
 from .data import Corpus, Pack
 from .documents import optional
@@ -39,11 +40,13 @@ class PackedCausalLM(nn.Module):
 
     Args:
         model: what `AutoModelForCausalLM.from_pretrained` or `convert` returns.
+        compiled: whether its layers are to be compiled.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, compiled: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.compiled = compiled
         self.sparse = any(nsa_of(layer) is not None for layer in decoder_of(model).layers)
         self._hidden: Tensor | None = None
         self._plain_head: bool | None = None
@@ -80,8 +83,11 @@ class PackedCausalLM(nn.Module):
             options["layout"] = layout
         elif "flash" in str(self.model.config._attn_implementation):
             # The others make a mask out of the positions.
+            if self.compiled:
+                torch._dynamo.maybe_mark_dynamic(layout.cu_seqlens, 0)
             options |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), layout.cu_seqlens)
-            options |= dict.fromkeys(("max_length_q", "max_length_k"), layout.max_length)
+            # An upper bound is enough, and one that does not change compiles once.
+            options |= dict.fromkeys(("max_length_q", "max_length_k"), layout.total_tokens)
         positions = layout.positions()[None]
         return self.model(input_ids=tokens[None], position_ids=positions, use_cache=False, **options).logits
 
@@ -140,8 +146,8 @@ class TransformersTask(Task):
             expected = f"a model with embeddings for all tokens of its tokenizer, up to {self.tokenizer.max_token}"
             raise bad("pretrained", expected, f"{self.folder!r} with {model.get_input_embeddings().num_embeddings}")
         if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        return PackedCausalLM(model)
+            _enable_checkpointing(model)
+        return PackedCausalLM(model, config.compile)
 
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
         assert isinstance(model, PackedCausalLM)
@@ -180,7 +186,8 @@ class TransformersTask(Task):
 
     def write_model(self, model: nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
         assert isinstance(model, PackedCausalLM)
-        model.model.save_pretrained(folder, state_dict=weights)
+        with _without_bars():
+            model.model.save_pretrained(folder, state_dict=weights)
         self.tokenizer.tokenizer.save_pretrained(folder)
 
     def _convert(self, model: Any) -> Any:
@@ -212,15 +219,6 @@ def _nsa_in(module: nn.Module) -> NSAConfig | None:
     return next((value for value in vars(module).values() if isinstance(value, NSAConfig)), None)
 
 
-def is_transformers_model(folder: str | Path) -> bool:
-    """Whether a run, or one of its checkpoints, holds a model of transformers.
-
-    Raises:
-        ValueError: if there is no checkpoint.
-    """
-    return (find_checkpoint(folder) / "config.json").is_file()
-
-
 def _losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     """-log p of each target from hidden states `[N, D]`, a part at a time."""
     width = head.get_parameter("weight").shape[0]
@@ -240,10 +238,33 @@ def _loaded(auto: Any, folder: str, what: str, **options: Any) -> Any:
     if not Path(folder).expanduser().is_dir():
         raise bad("pretrained", "a folder that `save_pretrained` wrote", f"{folder!r}, which is none")
     try:
-        return auto.from_pretrained(str(Path(folder).expanduser()), local_files_only=True, **options)
+        with _without_bars():
+            return auto.from_pretrained(str(Path(folder).expanduser()), local_files_only=True, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise bad("pretrained", f"a folder with {what}", f"{folder!r} ({reason})") from error
+
+
+def _enable_checkpointing(model: Any) -> None:
+    """Layers keep their inputs only, under the name that this version of transformers has for it."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers draws no bars of its own, which would run into ours."""
+    logging = importlib.import_module("transformers.utils.logging")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _integration() -> Any:

@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,7 @@ def read_tokens(
 
 def _write(place: Path, texts: Iterator[tuple[str, float]], tokenizer: Tokenizer, tokenised: Tokenised) -> None:
     """Tokenises (text, draw) into a folder, which is there in whole or not at all."""
-    unfinished = place.with_name(f".unfinished-{place.name}-{os.getpid()}")
+    unfinished = place.with_name(f".unfinished-{place.name}-{uuid.uuid4().hex[:8]}")
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
     documents: list[npt.NDArray[Any]] = []
     end, largest = 0, 0
