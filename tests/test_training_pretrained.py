@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from types import SimpleNamespace
@@ -104,6 +105,18 @@ def conversion(monkeypatch):
     integration = SimpleNamespace(convert=convert, DEFAULT_NSA=NSAConfig.from_dict(NSA))
     monkeypatch.setattr(pretrained, "_integration", lambda: integration)
     return calls
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Counts of what was compiled; without code for the machine, which would take long."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    yield counters["stats"]
+    torch._dynamo.reset()
 
 
 class TestConfig:
@@ -287,19 +300,16 @@ class TestRun:
         shown = [(x.step, x.value) for x in found.Scalars("train/loss")]
         assert shown == [(x.step, pytest.approx(x.loss)) for x in records(output)]
 
-    @pytest.mark.slow
-    def test_compile(self, tmp_path, models, corpus):
-        from torch._dynamo.utils import counters
-
-        counters.clear()
-        torch._dynamo.reset()
+    # torch.compile hides a warning of its own, which an error is not.
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+    def test_compile(self, tmp_path, models, corpus, graphs):
         train(tiny_config(models["llama"], corpus, eval_packs=1), tmp_path / "plain")
         train(tiny_config(models["llama"], corpus, eval_packs=1, compile=True), tmp_path / "compiled")
         assert [x[1] for x in losses(tmp_path / "compiled")] == pytest.approx(
             [x[1] for x in losses(tmp_path / "plain")], rel=1e-5
         )
         # One graph for training and one for evaluation, whatever the packs.
-        assert counters["stats"]["unique_graphs"] <= 2
+        assert 1 <= graphs["unique_graphs"] <= 2
 
 
 class TestConversion:
@@ -343,19 +353,16 @@ class TestConversion:
         alone = packed(tokens[25:], targets[25:], SequenceLayout.from_lengths([15]))
         torch.testing.assert_close(whole[25:], alone)
 
-    @pytest.mark.slow
-    def test_compile_leaves_sparse_attention_alone(self, tmp_path, models, corpus, conversion):
-        from torch._dynamo.utils import counters
-
-        counters.clear()
-        torch._dynamo.reset()
+    # torch.compile hides a warning of its own, which an error is not.
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+    def test_compile_leaves_sparse_attention_alone(self, tmp_path, models, corpus, conversion, graphs):
         train(tiny_config(models["llama"], corpus, convert=True, eval_packs=1), tmp_path / "plain")
         train(tiny_config(models["llama"], corpus, convert=True, eval_packs=1, compile=True), tmp_path / "compiled")
         assert [x[1] for x in losses(tmp_path / "compiled")] == pytest.approx(
             [x[1] for x in losses(tmp_path / "plain")], rel=1e-4
         )
         # Before and behind attention, in training and in evaluation.
-        assert counters["stats"]["unique_graphs"] <= 4
+        assert 2 <= graphs["unique_graphs"] <= 4
 
     def test_without_the_integration(self, tmp_path, models, corpus, monkeypatch):
         monkeypatch.setattr(pretrained, "_integration", lambda: None)
