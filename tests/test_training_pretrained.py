@@ -169,7 +169,9 @@ class TestLoss:
         monkeypatch.setattr(pretrained, "_LOGITS", logits)
         model = self.load(models[family])
         tokens, targets, layout = self.pack([5, 1, 20, 3])
-        found = PackedCausalLM(model)(tokens, targets, layout)
+        packed = PackedCausalLM(model)
+        found = packed(tokens, targets, layout)
+        assert packed._plain_head is True
         found.sum().backward()
         gradients = {name: x.grad.clone() for name, x in model.named_parameters()}
         model.zero_grad()
@@ -181,13 +183,15 @@ class TestLoss:
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad, msg=name, rtol=1e-3, atol=1e-5)
 
-    def test_a_model_that_caps_its_logits_has_them_whole(self, tmp_path):
-        folder = write_model(tmp_path / "gemma2", "gemma2", final_logit_softcapping=0.5, sliding_window=64)
+    @pytest.mark.parametrize("cap", [0.5, 30.0])
+    def test_a_model_that_caps_its_logits_has_them_whole(self, tmp_path, cap):
+        folder = write_model(tmp_path / "gemma2", "gemma2", final_logit_softcapping=cap, sliding_window=64)
         model = self.load(folder, attn_implementation="eager").eval()
         tokens, targets, layout = self.pack([9, 4])
         packed = PackedCausalLM(model)
         found = packed(tokens, targets, layout)
         assert packed._plain_head is False
+        assert pretrained.decoder_of(model) is model.model
         expected = [
             F.cross_entropy(model(input_ids=part[None]).logits[0], target, reduction="none")
             for part, target in zip(tokens.split((9, 4)), targets.split((9, 4)), strict=True)
@@ -272,6 +276,8 @@ class TestRun:
         assert len(names(tmp_path / "parts" / "tokens")) == 1
         with pytest.raises(ValueError, match=r"convert \(False, now True\)"):
             train(config.replace(convert=True), tmp_path / "parts", resume=True)
+        with pytest.raises(ValueError, match=r"pretrained must be given, as for .*step-00000006, got None"):
+            train(tiny_byte_config(corpus.parent), tmp_path / "parts", resume=True)
         write_jsonl(corpus, texts(), field="body")
         with pytest.raises(ValueError, match="text_field"):
             train(config.replace(text_field="body", held_out_fraction=0.3), tmp_path / "parts", resume=True)
@@ -364,6 +370,18 @@ class TestConversion:
         # Before and behind attention, in training and in evaluation.
         assert 2 <= graphs["unique_graphs"] <= 4
 
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+    @pytest.mark.parametrize("attention", ["nsa", "full"])
+    def test_compile_of_a_model_of_bytes(self, tmp_path, attention, graphs):
+        config = tiny_byte_config(write_texts(tmp_path / "texts"), steps=12, eval_packs=1)
+        config = config.replace(model={"attention": attention})
+        train(config, tmp_path / "plain")
+        train(config.replace(compile=True), tmp_path / "compiled")
+        assert [x[1] for x in losses(tmp_path / "compiled")] == pytest.approx(
+            [x[1] for x in losses(tmp_path / "plain")], rel=1e-4
+        )
+        assert 2 <= graphs["unique_graphs"] <= 4
+
     def test_without_the_integration(self, tmp_path, models, corpus, monkeypatch):
         monkeypatch.setattr(pretrained, "_integration", lambda: None)
         with pytest.raises(ValueError, match="convert must be left out where the integration"):
@@ -408,7 +426,7 @@ class TestBadModels:
             (lambda folder: (folder / "config.json").unlink(), "a folder with a"),
             (lambda folder: (folder / "model.safetensors").unlink(), "a folder with a causal language model"),
             (lambda folder: write_tokenizer(folder, eos=False), "whose tokenizer has an eos_token"),
-            (lambda folder: write_model(folder, vocab_size=100), "embeddings for all tokens of its tokenizer"),
+            (lambda folder: write_model(folder, vocab_size=100), "embeddings for all tokens of the text"),
         ],
     )
     def test_are_named(self, tmp_path, corpus, spoil, message):

@@ -104,7 +104,9 @@ def _jsonl(path: Path, text_field: str) -> Iterator[str]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise bad(f"{path} line {number}", "JSON", repr(line.strip()[:80]), "mend or remove the line") from error
+                raise bad(
+                    f"{path} line {number}", "JSON", repr(line.strip()[:80]), "mend or remove the line"
+                ) from error
             if not isinstance(row, dict) or not isinstance(row.get(text_field), (str, type(None))):
                 raise bad(f"{path} line {number}", f"an object with a text in {text_field!r}", repr(line[:80]))
             if text_field not in row:

@@ -48,8 +48,13 @@ class Task(abc.ABC):
         """
 
     @abc.abstractmethod
-    def build(self, checkpoint: Path | None) -> nn.Module:
-        """The model on the CPU in float32, with the weights of a checkpoint or those to start with."""
+    def build(self, checkpoint: Path | None, max_token: int) -> nn.Module:
+        """The model on the CPU in float32, with the weights of a checkpoint or those to start with.
+
+        Args:
+            checkpoint: to continue from, or None.
+            max_token: the largest token of the text, which the model must know.
+        """
 
     @abc.abstractmethod
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
@@ -97,7 +102,7 @@ class ByteTask(Task):
         config = self.config
         return read_corpus(config.paths, suffixes=config.suffixes, held_out_fraction=config.held_out_fraction)
 
-    def build(self, checkpoint: Path | None) -> LanguageModel:
+    def build(self, checkpoint: Path | None, max_token: int) -> LanguageModel:
         # On the CPU, so that a seed gives one start on every device; and the caller's generator is left alone.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)

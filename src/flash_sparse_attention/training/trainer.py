@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..nn.causal_attention import CausalAttention
 from ..validation import bad
 from . import checkpoint as checkpoints
 from . import log
@@ -206,7 +207,7 @@ class Trainer:
             state = checkpoints.read_state(begun_from)
             _check_resumable(config, self.corpus, state, begun_from)
 
-        self.model = self.task.build(begun_from)
+        self.model = self.task.build(begun_from, self.corpus.max_token)
         self._cost = self.task.cost(self.model)
         self._peak_flops = peak_flops(self.device)
         self._connected = self.group.connect(self.device)
@@ -324,7 +325,7 @@ class Trainer:
             # `fully_shard` takes the mean over the processes.
             (part * self.group.size).backward()
             loss += part.detach()
-        sums = self.group.sum(torch.stack([loss.double(), loss.new_tensor(flops, dtype=torch.float64)]))
+        sums = self.group.sum(torch.stack([loss.double(), torch.full_like(loss, flops, dtype=torch.float64)]))
         norm = local(nn.utils.clip_grad_norm_(self.model.parameters(), config.max_grad_norm))
         # The one wait for the device in a step.
         loss_value, flops, norm_value = torch.cat([sums, norm.double()[None]]).tolist()
@@ -412,20 +413,25 @@ def draw_curve(output: Path) -> Path:
 
 
 def _task(config: TrainConfig, checkpoint: Path | None) -> Task:
+    if checkpoint is not None:
+        before = checkpoints.read_state(checkpoint).train_config.get("pretrained")
+        if (before is None) != (config.pretrained is None):
+            expected = f"{'left out' if before is None else 'given'}, as for {checkpoint}"
+            raise bad("pretrained", expected, repr(config.pretrained), "start a new run")
     if config.pretrained is None:
         return ByteTask(config)
     return TransformersTask(config, config.pretrained if checkpoint is None else checkpoint)
 
 
 def _compile(layers: Sequence[nn.Module]) -> None:
-    """Compiles the forward passes of the layers, but for attention that is sparse.
+    """Compiles the forward passes of the layers, but for attention of this library.
 
     Sequences in a pack are of other lengths each time, which that attention reads on the host: it would be compiled
     anew for every pack.
     """
     for layer in layers:
         for module in layer.children():
-            if nsa_of(module) is not None:
+            if nsa_of(module) is not None or isinstance(module, CausalAttention):
                 module.forward = torch.compiler.disable(module.forward)
         # Not `layer.compile()`, which would take hooks of `fully_shard` in.
         layer.forward = torch.compile(layer.forward, dynamic=False)
