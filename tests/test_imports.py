@@ -33,7 +33,8 @@ ALLOWED = {
     "cache": {*BASE, "impl", "functional"},
     "analysis": {*BASE, "nn"},
     "plots": {*BASE, "analysis", "nn"},
-    "training": {*BASE, "impl", "functional", "nn", ""},
+    # Conversion, when it is asked for.
+    "training": {*BASE, "impl", "functional", "nn", "integrations", ""},
     "integrations": {*BASE, "impl", "functional", "nn", "cache"},
     # The kernels' tuning, inside functions.
     "cli": {
@@ -55,7 +56,10 @@ ALLOWED = {
 # Libraries that only these parts may import.
 EXCLUSIVE = {
     "triton": {"impl.triton"},
-    "transformers": {"integrations"},
+    "transformers": {"integrations", "training"},
+    "datasets": {"training"},
+    "pyarrow": {"training"},
+    "tensorboard": {"training"},
     "typer": {"cli"},
     "rich": {"cli"},
     "matplotlib": {"plots", "training"},

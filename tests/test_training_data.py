@@ -52,7 +52,7 @@ class TestFiles:
         assert "a/x.bin" in everything.train.names + everything.held_out.names
 
     def test_by_default_the_standard_library(self):
-        names = [name for _, name in data._find((), ())]
+        names = [name for _, name in data.find_files((), ())]
         assert {"os.py", "json/decoder.py"} <= set(names)
         assert names == sorted(names)
         assert not [name for name in names if "site-packages" in name or "/test" in name or not name.endswith(".py")]

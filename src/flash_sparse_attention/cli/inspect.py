@@ -23,7 +23,7 @@ from ..impl import explain
 from ..nn import LanguageModel, record_attention
 from ..nn.attention import BRANCHES
 from ..training import END_OF_TEXT, VOCAB_SIZE, find_checkpoint, load_model, resolve_device
-from ..training.checkpoint import read_state
+from ..training.checkpoint import read_byte_state
 from ..training.data import encode
 from ..validation import FLOAT_DTYPES, bad, check_choice, check_positive
 
@@ -101,7 +101,7 @@ def _content(text: Path | None, prompt: str | None) -> list[int]:
 
 def _sparse_config(checkpoint: Path) -> NSAConfig:
     """Sizes of the sparse attention of the checkpoint; refuses one that has none, or reads no bytes."""
-    model_config = read_state(find_checkpoint(checkpoint)).model_config
+    model_config = read_byte_state(find_checkpoint(checkpoint)).model_config
     if model_config["attention"] != "nsa":
         got = f"{str(checkpoint)!r}, whose model has attention={model_config['attention']!r}"
         raise bad("checkpoint", "one of a model with sparse attention", got, "full attention selects no blocks")

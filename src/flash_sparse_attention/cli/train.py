@@ -1,4 +1,7 @@
-"""`fsa train`: trains a small language model on text, by default on the sources of Python's standard library."""
+"""`fsa train`: trains a language model on text: a small one of bytes, or one of transformers.
+
+By default it is a small one, on the sources of Python's standard library.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +28,18 @@ from ..training import Progress, TrainConfig, TrainResult, find_checkpoint
 from ..training import train as run_training
 from ..training.checkpoint import read_state
 from ..training.log import StepRecord
-from ..training.trainer import CURVE_FILE, LOG_FILE, RunInfo
+from ..training.parallel import Group
+from ..training.trainer import CURVE_FILE, LOG_FILE, POSITIONS_FILE, RunInfo
 from ..validation import bad
 
-_RUN, _TEXT, _MODEL = "Run", "Text", "Model"
+_RUN, _TEXT, _MODEL, _PRETRAINED = "Run", "Text", "Model", "Model of transformers"
 _SPARSE, _OPTIMIZER, _MACHINE = "Sparse attention", "Optimizer", "Machine"
 _MODEL_FIELDS = {item.name for item in dataclasses.fields(LanguageModelConfig)}
 _NSA_FIELDS = {item.name for item in dataclasses.fields(NSAConfig)}
 _PLAIN_LINES = 20
+_TOKENISED_S = 5.0
+# What a model that begins with random weights likes would undo what another one has learnt.
+_PRETRAINED_LEARNING_RATE = 5e-5
 
 
 def _flag(panel: str, name: str, text: str, *declarations: str) -> Any:
@@ -50,7 +57,9 @@ def train(
     output: Annotated[
         Path | None,
         typer.Option(
-            help="Directory of the run. Default: runs/nsa or runs/full.", rich_help_panel=_RUN, show_default=False
+            help="Directory of the run. Default: runs/nsa or runs/full, or runs/NAME for the folder of --model.",
+            rich_help_panel=_RUN,
+            show_default=False,
         ),
     ] = None,
     config: Annotated[
@@ -94,6 +103,39 @@ def train(
     ] = None,
     batch_size: Annotated[
         int | None, _flag(_TEXT, "batch_size", "Packs of that length for a step; costs time, not memory.")
+    ] = None,
+    text_field: Annotated[
+        str | None, _flag(_TEXT, "text_field", "With --model: where text is in JSONL, Parquet and folders of datasets.")
+    ] = None,
+    token_cache: Annotated[
+        str | None,
+        _flag(_TEXT, "token_cache", "With --model: folder for tokenised text, which runs may share; None: in the run."),
+    ] = None,
+    pretrained: Annotated[
+        str | None,
+        _flag(
+            _PRETRAINED,
+            "pretrained",
+            "Folder of a model of transformers and its tokenizer, to train that one.",
+            "--pretrained",
+            "--model",
+        ),
+    ] = None,
+    convert: Annotated[
+        bool | None,
+        _flag(_PRETRAINED, "convert", "Make its attention sparse first.", "--convert/--no-convert"),
+    ] = None,
+    convert_layers: Annotated[
+        str | None,
+        _flag(_PRETRAINED, "convert_layers", "Layers that become sparse, as 0-11,20; None: all."),
+    ] = None,
+    full_attention: Annotated[
+        str | None,
+        _flag(
+            _PRETRAINED,
+            "full_attention",
+            "Name in transformers of what computes attention that stays full, such as flash_attention_2.",
+        ),
     ] = None,
     attention: Annotated[str | None, _flag(_MODEL, "attention", "nsa or full.")] = None,
     hidden_size: Annotated[int | None, _flag(_MODEL, "hidden_size", "Channels of the hidden states.")] = None,
@@ -161,26 +203,40 @@ def train(
             "--gradient-checkpointing/--no-gradient-checkpointing",
         ),
     ] = None,
+    compile: Annotated[
+        bool | None,
+        _flag(_MACHINE, "compile", "Compile the layers with torch.compile.", "--compile/--no-compile"),
+    ] = None,
+    tensorboard: Annotated[
+        bool | None,
+        _flag(_RUN, "tensorboard", "Write the log for TensorBoard too.", "--tensorboard/--no-tensorboard"),
+    ] = None,
 ) -> None:
-    """Train a small language model on text.
+    """Train a language model on text.
 
-    Without arguments: a sparse model of four million parameters on the sources of Python's standard library.
+    Without arguments: a sparse model of four million parameters on the sources of Python's standard library. With
+    --model, a model of transformers; start it with torchrun for several GPUs.
     """
     flags = dict(locals())
     not_fields = {name: flags.pop(name) for name in ("output", "config", "resume", "overwrite")}
-    options = _nested({name: value for name, value in flags.items() if value not in (None, [], ())})
+    given = {name: value for name, value in flags.items() if value not in (None, [], ())}
+    if convert_layers is not None:
+        given["convert_layers"] = _layers(convert_layers)
     from_file = _read_toml(config) if config is not None else {}
-    directory = not_fields["output"] or Path("runs", _attention(options) or _attention(from_file) or "nsa")
+    directory = not_fields["output"] or Path("runs", _name(given, from_file))
     base = TrainConfig()
     if resume:
         base = TrainConfig.from_dict(read_state(find_checkpoint(directory)).train_config)
+    elif given.get("pretrained") or from_file.get("pretrained"):
+        base = base.replace(learning_rate=_PRETRAINED_LEARNING_RATE)
     try:
         resolved = base.replace(**from_file)
     except ValueError as error:
         raise ValueError(f"{config}: {error}") from error
-    resolved = resolved.replace(**options)
+    resolved = resolved.replace(**_nested(given, resolved))
 
-    console = Console(markup=False, highlight=False, soft_wrap=True)
+    # Of several processes, the first one speaks.
+    console = Console(markup=False, highlight=False, soft_wrap=True, quiet=not Group.of_environment().first)
     progress = _Bar(console) if console.is_terminal else _Lines(console)
     try:
         result = run_training(resolved, directory, resume=resume, overwrite=overwrite, progress=progress)
@@ -195,14 +251,42 @@ def train(
     _print_summary(console, result, directory)
 
 
-def _nested(flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Flags as a dictionary of the form of `TrainConfig.to_dict`."""
+def _nested(flags: Mapping[str, Any], base: TrainConfig) -> dict[str, Any]:
+    """Flags as a dictionary of the form of `TrainConfig.to_dict`.
+
+    Those of sparse attention are for the conversion where a model of transformers is trained.
+    """
     top = {name: value for name, value in flags.items() if name not in _MODEL_FIELDS | _NSA_FIELDS}
     model = {name: value for name, value in flags.items() if name in _MODEL_FIELDS}
     nsa = {name: value for name, value in flags.items() if name in _NSA_FIELDS}
-    if nsa:
+    if nsa and (flags.get("pretrained") or base.pretrained):
+        top["nsa"] = {**base.nsa, **nsa}
+    elif nsa:
         model["nsa"] = nsa
     return {**top, "model": model} if model else top
+
+
+def _name(flags: Mapping[str, Any], from_file: Mapping[str, Any]) -> str:
+    """What the directory of a run is called where nobody says."""
+    pretrained = flags.get("pretrained") or from_file.get("pretrained")
+    if isinstance(pretrained, str) and pretrained:
+        return Path(pretrained).expanduser().absolute().name
+    return flags.get("attention") or _attention(from_file) or "nsa"
+
+
+def _layers(text: str) -> list[int]:
+    """Numbers and ranges of numbers, both ends included.
+
+    >>> _layers("0-3,7")
+    [0, 1, 2, 3, 7]
+    """
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or not (last.isdecimal() if dash else not last):
+            raise bad("--convert-layers", "numbers and ranges, as 0-11,20", repr(text))
+        found += range(int(first), int(last or first) + 1)
+    return found
 
 
 def _attention(values: Mapping[str, Any]) -> str | None:
@@ -225,15 +309,23 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _print_summary(console: Console, result: TrainResult, directory: Path) -> None:
     assert result.evaluation is not None
-    rows = [
-        ("held-out loss", f"{result.evaluation.loss:.4f} nats per token"),
-        ("", f"{result.evaluation.bits_per_byte:.4f} bits per byte"),
-        ("without context", f"{result.unigram_entropy:.4f} nats per token (entropy of single bytes)"),
+    rows = [("held-out loss", f"{result.evaluation.loss:.4f} nats per token")]
+    if result.evaluation.bits_per_byte is not None:
+        rows.append(("", f"{result.evaluation.bits_per_byte:.4f} bits per byte"))
+    if result.unigram_entropy is not None:
+        rows.append(("without context", f"{result.unigram_entropy:.4f} nats per token (entropy of single bytes)"))
+        follow_up = ("try it", f"fsa generate {shlex.quote(str(directory))} --prompt 'import '")
+    else:
+        by_position = result.evaluation.perplexity_by_position.items()
+        rows.append(("perplexity", ", ".join(f"{value:.2f} from {start:,}" for start, value in by_position)))
+        rows.append(("", f"by tokens before, see {directory / POSITIONS_FILE}"))
+        follow_up = ("load it", f"AutoModelForCausalLM.from_pretrained({str(result.checkpoint)!r})")
+    rows += [
         ("speed", "no step was left" if math.isnan(result.tokens_per_s) else f"{result.tokens_per_s:,.0f} tokens/s"),
         ("checkpoint", str(result.checkpoint)),
         ("loss curve", str(directory / CURVE_FILE)),
         ("log", str(directory / LOG_FILE)),
-        ("try it", f"fsa generate {shlex.quote(str(directory))} --prompt 'import '"),
+        follow_up,
     ]
     console.print()
     for name, value in rows:
@@ -245,6 +337,12 @@ class _Lines(Progress):
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._tokenised = -math.inf
+
+    def tokenised(self, documents: int, tokens: int) -> None:
+        if time.perf_counter() >= self._tokenised + _TOKENISED_S:
+            self._tokenised = time.perf_counter()
+            self._console.print(f"tokenised {documents:,} documents, {tokens:,} tokens")
 
     def started(self, run: RunInfo) -> None:
         self._last, self._first = run.config.steps, run.first_step
@@ -260,7 +358,12 @@ class _Lines(Progress):
         parts = [f"step {record.step}/{self._last}", f"loss {record.loss:.4f}"]
         if record.eval_loss is not None:
             parts.append(f"held out {record.eval_loss:.4f}")
-        parts += [f"{record.tokens_per_s:,.0f} tokens/s", f"{seconds // 60}:{seconds % 60:02} left"]
+        parts.append(f"{record.tokens_per_s:,.0f} tokens/s")
+        if record.mfu is not None:
+            parts.append(f"MFU {record.mfu:.1%}")
+        if record.peak_memory_gib is not None:
+            parts.append(f"{record.peak_memory_gib:.1f} GiB")
+        parts.append(f"{seconds // 60}:{seconds % 60:02} left")
         self._console.print("  ".join(parts))
 
     def stopping(self) -> None:
@@ -270,11 +373,11 @@ class _Lines(Progress):
         """Nothing is open."""
 
 
-class _Bar(Progress):
+class _Bar(_Lines):
     """Draws a bar: for terminals."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
+        super().__init__(console)
         self._bar = ProgressBar(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -308,10 +411,15 @@ class _Bar(Progress):
 def _print_header(console: Console, run: RunInfo) -> None:
     config = run.config
     text = ", ".join(config.paths) or "the sources of Python's standard library"
-    shape = f"{run.num_parameters / 1e6:.2f} M parameters, {config.model.attention} attention"
-    console.print(f"Training {shape}, on {run.device} in {run.precision}, into {run.output}")
+    if config.pretrained is None:
+        kind = f"{config.model.attention} attention"
+    else:
+        kind = f"{config.pretrained}, converted to sparse attention" if config.convert else config.pretrained
+    where = run.device if run.processes == 1 else f"{run.processes} x {run.device}"
+    shape = f"{run.num_parameters / 1e6:.2f} M parameters, {kind}"
+    console.print(f"Training {shape}, on {where} in {run.precision}, into {run.output}")
     console.print(
-        f"on {text}: {run.train_documents:,} documents, {run.train_tokens:,} bytes; "
+        f"on {text}: {run.train_documents:,} documents, {run.train_tokens:,} {run.unit}s; "
         f"{run.held_out_documents:,} more held out. {config.sequence_length:,} tokens at once; Ctrl-C saves and stops."
     )
 

@@ -3,7 +3,8 @@
 from .checkpoint import CheckpointState, find_checkpoint, load_model
 from .config import TrainConfig, resolve_device
 from .data import END_OF_TEXT, VOCAB_SIZE, read_corpus
-from .trainer import Evaluation, Progress, Trainer, TrainResult, evaluate, train
+from .evaluation import Evaluation, evaluate
+from .trainer import Progress, Trainer, TrainResult, train
 
 __all__ = [
     "END_OF_TEXT",

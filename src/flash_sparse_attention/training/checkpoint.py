@@ -4,6 +4,9 @@
                            optimizer.safetensors  the optimizer's tensors, `NAME OF THE WEIGHT:exp_avg`
                            state.json             everything else: `CheckpointState`
 
+Models of transformers are written as `save_pretrained` does, so that `from_pretrained` loads the directory. Weights and
+state that are spread over processes are written whole, by the first of them: any number may go on from there.
+
 A checkpoint is written into a hidden directory beside its place, flushed to the disk, and then renamed: at any moment,
 whatever fails, a directory called `step-*` is complete.
 """
@@ -18,7 +21,7 @@ import platform
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ from .. import __version__
 from ..nn import LanguageModel, LanguageModelConfig
 from ..validation import bad
 from .files import flush, megabytes
+from .parallel import spread_as, whole
 
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.json"
 _FORMAT = 1
@@ -53,7 +57,8 @@ class CheckpointState:
     Attributes:
         step: optimizer steps done.
         train_config: `TrainConfig.to_dict()` of the run.
-        model_config: `LanguageModelConfig.to_dict()` of the model.
+        model_config: `LanguageModelConfig.to_dict()` of the model; for one of transformers, what differs from the
+            defaults of its configuration.
         text_fingerprint: `Corpus.fingerprint` of the text.
         total_tokens: tokens trained on so far; the log goes on from here.
         elapsed_s: seconds that the run has taken so far; the log goes on from here.
@@ -72,9 +77,25 @@ class CheckpointState:
 
 
 def save_checkpoint(
-    directory: Path, state: CheckpointState, model: nn.Module, optimizer: torch.optim.Optimizer, *, keep_last: int
+    directory: Path,
+    state: CheckpointState,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    keep_last: int,
+    write_model: Callable[[dict[str, Tensor], Path], None] | None = None,
+    writes: bool = True,
 ) -> Path:
     """Writes the checkpoint of `state.step` into `directory`, then removes all but the newest `keep_last`.
+
+    Args:
+        directory: of the run.
+        state: all but the tensors.
+        model: whose weights are saved.
+        optimizer: of these.
+        keep_last: checkpoints that stay.
+        write_model: writes weights by name into a directory; None for `model.safetensors`.
+        writes: whether this process writes; others only send their part of weights and state, and must call this too.
 
     Returns:
         The directory of the checkpoint.
@@ -83,9 +104,12 @@ def save_checkpoint(
         OSError: if it cannot be written, on a full disk for one. What was written is removed; earlier checkpoints stay.
         ValueError: if there is a checkpoint of this step already.
     """
-    weights = {name: x.contiguous() for name, x in _unique_tensors(model).items()}
+    weights = _whole(_unique_tensors(model), writes)
     tensors, scalars = _flatten(model, optimizer)
+    tensors = _whole(tensors, writes)
     place = directory / f"step-{state.step:08d}"
+    if not writes:
+        return place
     if place.exists():
         raise bad("step", "one without a checkpoint", f"{state.step}, whose checkpoint is {place}")
     needed = _bytes_of(weights) + _bytes_of(tensors) + _SPARE_BYTES
@@ -98,13 +122,16 @@ def save_checkpoint(
         check_space(place, needed)
         try:
             unfinished.mkdir()
-            safetensors.torch.save_file(weights, unfinished / MODEL_FILE, metadata={"format": "pt"})
+            if write_model is None:
+                safetensors.torch.save_file(weights, unfinished / MODEL_FILE, metadata={"format": "pt"})
+            else:
+                write_model(weights, unfinished)
             safetensors.torch.save_file(tensors, unfinished / OPTIMIZER_FILE)
             written = dataclasses.replace(state, optimizer_scalars=scalars)
             text = json.dumps({"format": _FORMAT, **dataclasses.asdict(written)}, indent=1)
             (unfinished / STATE_FILE).write_text(text + "\n", encoding="utf-8")
-            for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, "."):
-                flush(unfinished / name)
+            for file in (*unfinished.iterdir(), unfinished):
+                flush(file)
             os.replace(unfinished, place)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -187,6 +214,19 @@ def read_state(checkpoint: Path) -> CheckpointState:
     return CheckpointState(**values)
 
 
+def read_byte_state(checkpoint: Path) -> CheckpointState:
+    """What `read_state` says, of a checkpoint of a `LanguageModel` of bytes.
+
+    Raises:
+        ValueError: as `read_state`, and if the model is one of transformers.
+    """
+    state = read_state(checkpoint)
+    if state.train_config.get("pretrained") is not None:
+        cure = f"use transformers: AutoModelForCausalLM.from_pretrained({str(checkpoint)!r}), and generate() of that"
+        raise bad("checkpoint", "that of a model of bytes", f"{str(checkpoint)!r}, of a model of transformers", cure)
+    return state
+
+
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
     """Puts the weights of the checkpoint into `model`.
 
@@ -205,8 +245,9 @@ def load_optimizer(
         ValueError: if the file is missing or damaged, or does not fit the weights of the model.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
+    parameters = {name: parameter for parameter, name in names.items()}
     wanted = {
-        f"{names[p]}:{key}": torch.empty_like(p, memory_format=torch.contiguous_format)
+        f"{names[p]}:{key}": torch.empty(p.shape, dtype=p.dtype)
         for group in optimizer.param_groups
         for p in group["params"]
         for key in ("exp_avg", "exp_avg_sq")
@@ -218,7 +259,7 @@ def load_optimizer(
     full["state"] = {
         index: {
             "step": torch.tensor(state.optimizer_scalars[f"{name}:step"], dtype=torch.float32),
-            **{key: wanted[f"{name}:{key}"] for key in ("exp_avg", "exp_avg_sq")},
+            **{key: spread_as(wanted[f"{name}:{key}"], parameters[name]) for key in ("exp_avg", "exp_avg_sq")},
         }
         for index, name in enumerate(ordered)
         if f"{name}:step" in state.optimizer_scalars
@@ -240,7 +281,7 @@ def load_model(
         ValueError: if there is no checkpoint, or it is damaged.
     """
     checkpoint = find_checkpoint(path)
-    state = read_state(checkpoint)
+    state = read_byte_state(checkpoint)
     model = LanguageModel(LanguageModelConfig.from_dict(state.model_config), impl=impl)
     load_weights(checkpoint, model)
     return model.to(device).eval(), state
@@ -258,6 +299,16 @@ def _unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     return unique
 
 
+def _whole(tensors: dict[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Tensors that may be spread over processes, contiguous; nothing where they are not to be kept."""
+    found = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor, keep)
+        if full is not None:
+            found[name] = full.contiguous()
+    return found
+
+
 def _flatten(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, float]]:
     """The optimizer's state by `NAME OF THE WEIGHT:key`: tensors, and scalars."""
     tensors: dict[str, Tensor] = {}
@@ -265,7 +316,7 @@ def _flatten(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[s
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.dim():
-                tensors[f"{name}:{key}"] = value.contiguous()
+                tensors[f"{name}:{key}"] = value
             else:
                 scalars[f"{name}:{key}"] = float(value)
     return tensors, scalars

@@ -19,7 +19,13 @@ DeviceChoice = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "bf16", "fp32"]
 
 # What a run was begun with stays: another value would be another model, or other text at a step.
-FIXED_ON_RESUME = ("model", "sequence_length", "batch_size", "seed", "eval_packs")
+FIXED_ON_RESUME = (
+    *("model", "convert", "convert_layers", "nsa"),
+    *("sequence_length", "batch_size", "seed", "eval_packs"),
+)
+# Options of runs with a model of transformers, with the values that say nothing.
+_PRETRAINED_ONLY: dict[str, Any] = {"convert": False, "full_attention": None, "token_cache": None}
+_CONVERT_ONLY: dict[str, Any] = {"convert_layers": None, "nsa": {}}
 
 
 def small_model() -> LanguageModelConfig:
@@ -42,9 +48,19 @@ class TrainConfig:
         suffixes: what files in folders end with; `("*",)` for all.
         held_out_fraction: share of the files that is not trained on.
         sequence_length: tokens of a pack. A document longer than a pack is cut.
-        batch_size: packs of a step; their gradients are summed one after the other, so it costs no memory.
+        batch_size: packs of a step; their gradients are summed one after the other, so it costs no memory. Processes
+            share them, so it is a multiple of their number.
         seed: of the weights and of the order of the documents.
-        model: sizes and attention of the model.
+        model: sizes and attention of the model; not used with `pretrained`.
+        pretrained: folder of a model of `transformers` and its tokenizer, to train that one; see `pretrained`. None for
+            `model` and bytes.
+        convert: whether its attention is made sparse first.
+        convert_layers: layers that become sparse; None for all.
+        nsa: fields of `NSAConfig` that differ from what the conversion takes by itself.
+        full_attention: how layers that stay full compute it, by a name that `transformers` knows: `sdpa`, for one; None
+            for its choice.
+        text_field: with `pretrained`, where the text is in JSONL, Parquet and folders of `datasets`.
+        token_cache: with `pretrained`, folder for tokenised text, which runs may share; None for one in the run.
         steps: optimizer steps in all.
         learning_rate: of AdamW at its highest.
         warmup_steps: steps in which the learning rate rises from 0, in a straight line.
@@ -63,6 +79,8 @@ class TrainConfig:
         precision: of products: `bf16` by autocast, `fp32`, or `auto`: bf16 on a GPU that has it. Weights and the
             optimizer's state are float32 always.
         gradient_checkpointing: computes the forward pass again in the backward pass: less memory, more time.
+        compile: compiles the layers with `torch.compile`; sparse attention stays as it is, see docs/training.md.
+        tensorboard: writes the log for TensorBoard too.
 
     Raises:
         ValueError: on construction, for a value of a wrong type or out of range.
@@ -79,6 +97,13 @@ class TrainConfig:
     batch_size: int = 1
     seed: int = 0
     model: LanguageModelConfig = field(default_factory=small_model)
+    pretrained: str | None = None
+    convert: bool = False
+    convert_layers: tuple[int, ...] | None = None
+    nsa: Mapping[str, Any] = field(default_factory=dict)
+    full_attention: str | None = None
+    text_field: str = "text"
+    token_cache: str | None = None
     steps: int = 200
     learning_rate: float = 2e-3
     warmup_steps: int = 20
@@ -96,6 +121,8 @@ class TrainConfig:
     impl: str = "auto"
     precision: Precision = "auto"
     gradient_checkpointing: bool = False
+    compile: bool = False
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         for name in ("paths", "suffixes"):
@@ -118,12 +145,39 @@ class TrainConfig:
         check_choice("precision", self.precision, get_args(Precision))
         if not isinstance(self.impl, str):
             raise bad("impl", "the name of an implementation", repr(self.impl))
-        if not isinstance(self.gradient_checkpointing, bool):
-            raise bad("gradient_checkpointing", "True or False", repr(self.gradient_checkpointing))
+        for name in ("convert", "gradient_checkpointing", "compile", "tensorboard"):
+            if not isinstance(getattr(self, name), bool):
+                raise bad(name, "True or False", repr(getattr(self, name)))
         if not isinstance(self.model, LanguageModelConfig):
             raise bad("model", "a LanguageModelConfig", type(self.model).__name__, "use TrainConfig.from_dict")
         if self.model.vocab_size != VOCAB_SIZE:
             raise bad("model.vocab_size", f"{VOCAB_SIZE}, the bytes and the end of text", self.model.vocab_size)
+        self._check_pretrained()
+
+    def _check_pretrained(self) -> None:
+        for name in ("pretrained", "full_attention", "token_cache"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value):
+                raise bad(name, "a name, or None", repr(value))
+        if not isinstance(self.text_field, str) or not self.text_field:
+            raise bad("text_field", "a name", repr(self.text_field))
+        layers = self.convert_layers
+        if layers is not None:
+            if not isinstance(layers, (tuple, list)) or not layers or len(set(layers)) < len(layers):
+                raise bad("convert_layers", "a list of layers that differ, or None for all", repr(layers))
+            for layer in layers:
+                check_positive("convert_layers", layer, minimum=0)
+            object.__setattr__(self, "convert_layers", tuple(layers))
+        if not isinstance(self.nsa, Mapping):
+            raise bad("nsa", "a table of fields of NSAConfig", repr(self.nsa))
+        NSAConfig.from_dict(dict(self.nsa))
+        object.__setattr__(self, "nsa", dict(self.nsa))
+        if self.pretrained is not None and self.model != small_model():
+            raise bad("model", "left out with pretrained", "other sizes", "the model in that folder has its own")
+        for needed, names in (("pretrained", _PRETRAINED_ONLY), ("convert", _CONVERT_ONLY)):
+            for name, nothing in names.items():
+                if not getattr(self, needed) and getattr(self, name) != nothing:
+                    raise bad(name, f"left out without {needed}", repr(getattr(self, name)), f"set {needed}")
 
     def _check_number(self, name: str, expected: str, holds: Any) -> None:
         value = getattr(self, name)
@@ -150,11 +204,15 @@ class TrainConfig:
             "paths": list(self.paths),
             "suffixes": list(self.suffixes),
             "model": self.model.to_dict(),
+            "nsa": dict(self.nsa),
+            "convert_layers": None if self.convert_layers is None else list(self.convert_layers),
         }
 
     def replace(self, **changes: Any) -> TrainConfig:
         """A copy with `changes`, validated again; `model`, and `nsa` in it, may hold the changed fields only."""
-        merged = _merged(self.to_dict(), changes, "")
+        # A table of what differs has no fields of its own to compare with.
+        whole = {name: changes[name] for name in ("nsa",) if name in changes}
+        merged = _merged(self.to_dict(), {name: x for name, x in changes.items() if name not in whole}, "") | whole
         return type(self)(**{**merged, "model": LanguageModelConfig.from_dict(merged["model"])})
 
     def learning_rate_at(self, step: int) -> float:

@@ -15,10 +15,10 @@ import hashlib
 import math
 import os
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -102,39 +102,45 @@ class Pack(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """Texts, each closed by `END_OF_TEXT`.
+    """Texts as tokens, each closed by a token that says so: `END_OF_TEXT` where tokens are bytes.
 
     Attributes:
-        names: name of each document, for messages.
-        tokens: all documents one behind the other, uint16 `[total_tokens]`.
-        bounds: where each begins, and the end of the last, int64 `[len(names) + 1]`.
+        names: name of each document, for messages; empty where they have none.
+        tokens: what holds all documents, uint16 or uint32 `[M]`; may be a file mapped into memory.
+        bounds: where each would begin if they stood one behind the other, and the end of the last, int64 `[D + 1]`.
+        starts: where each begins in `tokens`, int64 `[D]`.
+        beginning: token that the model sees before the first one of a document.
+        unit: what a token is, for messages.
     """
 
     names: tuple[str, ...]
-    tokens: npt.NDArray[np.uint16] = field(repr=False)
+    tokens: npt.NDArray[np.unsignedinteger[Any]] = field(repr=False)
     bounds: npt.NDArray[np.int64] = field(repr=False)
+    starts: npt.NDArray[np.int64] = field(repr=False)
+    beginning: int = END_OF_TEXT
+    unit: str = "bytes"
 
     @classmethod
     def from_texts(cls, texts: Iterable[tuple[str, bytes]]) -> Documents:
-        """Documents of these (name, content)."""
+        """Documents of these (name, content), with bytes as tokens."""
         names, parts = [], [np.zeros(0, np.uint16)]
         for name, content in texts:
             names.append(name)
             parts.append(np.append(np.frombuffer(content, np.uint8).astype(np.uint16), np.uint16(END_OF_TEXT)))
         bounds = np.cumsum([len(part) for part in parts], dtype=np.int64)
-        return cls(tuple(names), np.concatenate(parts), bounds)
+        return cls(tuple(names), np.concatenate(parts), bounds, bounds[:-1])
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.starts)
 
     @property
     def total_tokens(self) -> int:
-        """Bytes of all documents, and one `END_OF_TEXT` for each."""
-        return len(self.tokens)
+        """Tokens of all documents, those that close them included."""
+        return int(self.bounds[-1])
 
     @property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """Tokens of each document, its `END_OF_TEXT` included."""
+        """Tokens of each document, the one that closes it included."""
         return np.diff(self.bounds)
 
 
@@ -146,11 +152,13 @@ class Corpus:
         train: documents to train on.
         held_out: documents that the loss is measured on.
         fingerprint: changes with any byte of either, and with their order.
+        max_token: the largest token.
     """
 
     train: Documents
     held_out: Documents
     fingerprint: str
+    max_token: int = END_OF_TEXT
 
 
 def read_corpus(
@@ -177,12 +185,12 @@ def read_corpus(
     """
     if not 0 < held_out_fraction < 1:
         raise bad("held_out_fraction", "more than 0 and less than 1", held_out_fraction)
-    texts = [(name, _read(path)) for path, name in _find(paths, suffixes)]
+    texts = [(name, _read(path)) for path, name in find_files(paths, suffixes)]
     texts = [(name, content) for name, content in texts if content]
     if not texts:
-        raise bad("paths", "files with text in them", "only empty files", _PATHS_CURE)
+        raise bad("paths", "files with text in them", "only empty files", PATHS_CURE)
     if len(texts) == 1:
-        train, held_out = _split_one(*texts[0], held_out_fraction)
+        train, held_out = split_one(*texts[0], held_out_fraction)
     else:
         train, held_out = _split(texts, held_out_fraction)
     digest = hashlib.sha256()
@@ -213,7 +221,7 @@ class TrainingPacks:
         if documents.total_tokens < sequence_length:
             raise bad(
                 "paths",
-                f"at least sequence_length={sequence_length} bytes of text to train on",
+                f"at least sequence_length={sequence_length} {documents.unit} of text to train on",
                 documents.total_tokens,
                 "name more text, or lower sequence_length",
             )
@@ -322,10 +330,10 @@ def _cut(order: npt.NDArray[np.int64], bounds: npt.NDArray[np.int64], start: int
 def _assemble(documents: Documents, pieces: Iterable[_Piece]) -> Pack:
     tokens, targets, lengths = [], [], []
     for document, start, stop in pieces:
-        first = int(documents.bounds[document])
+        first = int(documents.starts[document])
         targets.append(documents.tokens[first + start : first + stop])
-        before = documents.tokens[first + start - 1] if start else END_OF_TEXT
-        tokens.append(np.append(np.uint16(before), targets[-1][:-1]))
+        before = int(documents.tokens[first + start - 1]) if start else documents.beginning
+        tokens.append(np.append(before, targets[-1][:-1]))
         lengths.append(stop - start)
     return Pack(
         torch.from_numpy(np.concatenate(tokens).astype(np.int64)),
@@ -334,11 +342,19 @@ def _assemble(documents: Documents, pieces: Iterable[_Piece]) -> Pack:
     )
 
 
-_PATHS_CURE = "name other files or folders, or none for the sources of Python's standard library"
+PATHS_CURE = "name other files or folders, or none for the sources of Python's standard library"
 
 
-def _find(paths: Sequence[str | Path], suffixes: Sequence[str]) -> list[tuple[Path, str]]:
-    """The files to read, each once, with the names they go by; in the order of these names."""
+def find_files(
+    paths: Sequence[str | Path], suffixes: Sequence[str], is_whole: Callable[[Path], bool] = lambda folder: False
+) -> list[tuple[Path, str]]:
+    """The files to read, each once, with the names they go by; in the order of these names.
+
+    Folders of which `is_whole` says so stand for themselves.
+
+    Raises:
+        ValueError: see `read_corpus`.
+    """
     if isinstance(paths, (str, Path)) or isinstance(suffixes, str):
         raise bad("paths and suffixes", "lists", "one string", "put it in brackets")
     found: dict[Path, str] = {}
@@ -352,32 +368,39 @@ def _find(paths: Sequence[str | Path], suffixes: Sequence[str]) -> list[tuple[Pa
     for given in paths:
         path = Path(given).expanduser()
         try:
-            if path.is_dir():
-                files = list(_walk(path, tuple(suffixes), skipped))
+            if path.is_dir() and is_whole(path):
+                files = [(path, path.name)]
+            elif path.is_dir():
+                files = list(_walk(path, tuple(suffixes), skipped, is_whole))
                 if not files:
                     wanted = f"folders with files that end with {', '.join(suffixes)}"
                     raise bad("paths", wanted, repr(str(path)), "name other suffixes, or '*' for all files")
             elif path.is_file():
                 if path.stat().st_size == 0:
-                    raise bad("paths", "files with text in them", f"{str(path)!r}, which is empty", _PATHS_CURE)
+                    raise bad("paths", "files with text in them", f"{str(path)!r}, which is empty", PATHS_CURE)
                 files = [(path, path.name)]
             else:
                 what = "which is neither" if path.exists() else "which does not exist"
-                raise bad("paths", "files or folders", f"{str(path)!r}, {what}", _PATHS_CURE)
+                raise bad("paths", "files or folders", f"{str(path)!r}, {what}", PATHS_CURE)
         except OSError as error:
-            raise _unreadable(path, error) from error
+            raise unreadable(path, error) from error
         for file, name in files:
             found.setdefault(file.resolve(), name)
     return sorted(found.items(), key=lambda item: (item[1], item[0]))
 
 
-def _walk(root: Path, suffixes: tuple[str, ...], skipped: frozenset[str]) -> Iterator[tuple[Path, str]]:
+def _walk(
+    root: Path, suffixes: tuple[str, ...], skipped: frozenset[str], is_whole: Callable[[Path], bool]
+) -> Iterator[tuple[Path, str]]:
     def stop(error: OSError) -> None:
         raise error
 
     for folder, folders, files in os.walk(root, onerror=stop):
         # os.walk goes on with what is left in the list.
         folders[:] = [x for x in folders if x not in skipped and x != "__pycache__" and not x.startswith(".")]
+        for name in [x for x in folders if is_whole(Path(folder, x))]:
+            folders.remove(name)
+            yield Path(folder, name), Path(folder, name).relative_to(root).as_posix()
         for file in files:
             path = Path(folder, file)
             wanted = ALL_SUFFIXES in suffixes or file.lower().endswith(suffixes)
@@ -389,28 +412,44 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
-def _unreadable(path: Path, error: OSError) -> ValueError:
-    return bad("paths", "files and folders that can be read", f"{str(path)!r} ({error.strerror})", _PATHS_CURE)
+def unreadable(path: Path, error: OSError) -> ValueError:
+    """The error for a file that the system refuses to give."""
+    return bad("paths", "files and folders that can be read", f"{str(path)!r} ({error.strerror})", PATHS_CURE)
+
+
+def draw(content: bytes) -> float:
+    """A number from 0 to 1 out of the hash of a document, which decides on which side of the split it falls."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") / 2**64
+
+
+def held_out_limit(draws: npt.NDArray[np.float64], held_out_fraction: float) -> float:
+    """Documents whose draw is below this are held out: about this share of them, but not none and not all.
+
+    Copies have one draw, so all of them move to the side that would be empty.
+
+    Raises:
+        ValueError: if all documents are copies of one.
+    """
+    lowest, highest = float(draws.min()), float(draws.max())
+    if lowest == highest:
+        raise bad("paths", "at least two files that differ", f"{len(draws)} copies of one", "name more text")
+    return min(max(held_out_fraction, math.nextafter(lowest, 1)), highest)
 
 
 def _split(
     texts: list[tuple[str, bytes]], held_out_fraction: float
 ) -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes]]]:
     """Training and held-out texts. Contents whose hash, as a number from 0 to 1, is below the fraction are held out."""
-    draws = [int.from_bytes(hashlib.sha256(content).digest()[:8], "big") / 2**64 for _, content in texts]
-    lowest, highest = min(draws), max(draws)
-    if lowest == highest:
-        raise bad("paths", "at least two files that differ", f"{len(texts)} copies of one", "name more text")
-    # Copies have one draw, so all of them move to the side that would be empty.
-    limit = min(max(held_out_fraction, math.nextafter(lowest, 1)), highest)
+    draws = [draw(content) for _, content in texts]
+    limit = held_out_limit(np.array(draws), held_out_fraction)
     pairs = list(zip(draws, texts, strict=True))
     return [text for draw, text in pairs if draw >= limit], [text for draw, text in pairs if draw < limit]
 
 
-def _split_one(
+def split_one(
     name: str, content: bytes, held_out_fraction: float
 ) -> tuple[list[tuple[str, bytes]], list[tuple[str, bytes]]]:
     """The beginning of a text and its end, cut behind a line where one ends nearby."""
