@@ -85,7 +85,7 @@ class BranchGate(nn.Linear):
         """
         nn.init.zeros_(self.weight)
         # sigmoid(b) = x  <=>  b = log(x / (1 - x))
-        logits = torch.tensor([math.log(x / (1 - x)) for x in self.start])
+        logits = torch.tensor([math.log(x / (1 - x)) for x in self.start], dtype=torch.float64)
         self.bias.copy_(logits.repeat(self.out_features // len(BRANCHES)))
 
 
@@ -226,6 +226,7 @@ class NativeSparseAttention(nn.Module):
         capacity: int | None = None,
         *,
         num_layers: int = 1,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> NSACache:
@@ -235,6 +236,7 @@ class NativeSparseAttention(nn.Module):
             batch: sequences.
             capacity: tokens that a sequence may have; None to grow as needed.
             num_layers: layers that it serves.
+            device: of the cache; that of the parameters by default.
             dtype: of keys and values: that of the parameters by default, or of `torch.autocast` where it is enabled.
             **options: `page_size`, `num_pages`, `max_crop` and `pools` of `NSACache`; others replace what follows from
                 the layer.
@@ -243,10 +245,12 @@ class NativeSparseAttention(nn.Module):
             >>> NativeSparseAttention(64, num_heads=4, num_kv_heads=2, head_dim=16).new_cache(2, 1000).capacity
             1000
         """
-        device = self.q_proj.weight.device
+        # A parameter that is left as it is where projections are quantized, or wrapped to be fine-tuned.
+        parameter = self.branch_gate_proj.bias
+        device = parameter.device if device is None else torch.device(device)
         if dtype is None:
             autocast = torch.is_autocast_enabled(device.type)
-            dtype = torch.get_autocast_dtype(device.type) if autocast else self.q_proj.weight.dtype
+            dtype = torch.get_autocast_dtype(device.type) if autocast else parameter.dtype
         own: dict[str, Any] = {
             "num_kv_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
