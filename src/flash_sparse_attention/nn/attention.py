@@ -313,10 +313,7 @@ class NativeSparseAttention(nn.Module):
         q_NHD = self.q_proj(hidden).unflatten(-1, (self.num_heads, self.head_dim))
         k_NXHD = self.k_proj(hidden).unflatten(-1, (self.num_kv_pairs, self.num_kv_heads, self.head_dim))
         v_NXHD = self.v_proj(hidden).unflatten(-1, (self.num_kv_pairs, self.num_kv_heads, self.head_dim_v))
-        if self.q_norm is not None and self.k_norm is not None:
-            # A norm of float32 weights leaves autocast's dtype.
-            q_NHD, k_NXHD = self.q_norm(q_NHD).to(v_NXHD.dtype), self.k_norm(k_NXHD).to(v_NXHD.dtype)
-        return q_NHD, k_NXHD, v_NXHD
+        return _normed(q_NHD, self.q_norm), _normed(k_NXHD, self.k_norm), v_NXHD
 
     def _attend(
         self,
@@ -531,6 +528,11 @@ def check_hidden_states(hidden_states: Tensor, hidden_size: int) -> int:
 
 def _rotated(x: Tensor, by: Rotation | None) -> Tensor:
     return x if by is None else rotate(x, by)
+
+
+def _normed(x: Tensor, norm: Any) -> Tensor:
+    """Autocast leaves norms their float32 weights, and PyTorch's wants `x` of the same dtype."""
+    return x if norm is None else norm(x.to(norm.weight.dtype)).to(x.dtype)
 
 
 def _recorder(records: dict[str, AttentionRecord], name: str) -> Callable[[AttentionRecord], None]:
