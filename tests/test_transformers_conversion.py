@@ -71,7 +71,7 @@ def test_is_the_original_where_all_is_covered(architecture: str, dtype: torch.dt
     expected = logits(model, ids)
     got = logits(convert(model, conversion_config(**COVERING), gates=WITHOUT_COMPRESSED), ids)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
-    # With a window only: selection alone covers it, and the other way round.
+    # Selection alone is full attention, and the window alone.
     for gates in ((1e-6, 1 - 2e-6, 1e-6), (1e-6, 1e-6, 1 - 2e-6)):
         got = logits(convert(base_model(architecture, dtype), conversion_config(**COVERING), gates=gates), ids)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
