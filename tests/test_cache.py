@@ -231,6 +231,67 @@ def test_reorder():
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("capacity", [60, None])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_select(name: str, capacity: int | None, monkeypatch: pytest.MonkeyPatch):
+    """Fewer sequences, more of them, and as many; then one token, some taken back, and more than there was room for."""
+    monkeypatch.setattr("flash_sparse_attention.cache.FIRST_CAPACITY", 48)
+    layer = layer_of(CONFIGS[name])
+    x = torch.randn(3, 60, HIDDEN, dtype=torch.float64)
+    cache = layer.new_cache(3, capacity, max_crop=4)
+    with torch.no_grad():
+        expected = layer(x)
+    layout = SequenceLayout.from_lengths([40, 30, 45])
+    with cache.extend(layout):
+        begins = [row[:length] for row, length in zip(x, layout.lengths, strict=True)]
+        layer(torch.cat(begins), layout, cache=cache.layers[0])
+    held, lengths = [0, 1, 2], list(layout.lengths)
+
+    def go_on(tokens: int) -> None:
+        nonlocal lengths
+        piece = torch.stack([x[row, length : length + tokens] for row, length in zip(held, lengths, strict=True)])
+        wanted = [expected[row, length : length + tokens] for row, length in zip(held, lengths, strict=True)]
+        with cache.extend(SequenceLayout.uniform(len(held), tokens)):
+            got = layer(piece, cache=cache.layers[0])
+        torch.testing.assert_close(got, torch.stack(wanted), rtol=1e-10, atol=1e-10)
+        lengths = [length + tokens for length in lengths]
+
+    for order in ([2, 0], [1, 0, 1, 1], [3, 1, 1, 0]):
+        cache.select(torch.tensor(order))
+        held, lengths = [held[x] for x in order], [lengths[x] for x in order]
+        assert cache.batch == len(order)
+        assert cache.lengths == tuple(lengths)
+        assert cache.seq_lens.tolist() == lengths
+        go_on(1)
+        cache.crop([length - 2 for length in lengths])
+        lengths = [length - 2 for length in lengths]
+        go_on(3)
+    cache.select([held.index(0)])
+    held, lengths = [0], [lengths[held.index(0)]]
+    go_on(60 - lengths[0])
+    # What the tail has lost stays lost.
+    if cache.layers[0].has_tail:
+        with pytest.raises(
+            ValueError, match=r"lengths\[0\] must be 0, or a length that the tail reaches back to, got 30"
+        ):
+            cache.crop(30)
+
+
+def test_select_refuses():
+    layer = layer_of(CONFIGS["fsa"])
+    cache = layer.new_cache(2, 64)
+    for order in ([], [2], [-1, 0, 0]):
+        with pytest.raises(ValueError, match="order must be numbers of sequences from 0 to 1"):
+            cache.select(order)
+    assert cache.batch == 2
+    with cache.extend(SequenceLayout.uniform(2, 1)):
+        with pytest.raises(ValueError, match="extend must be left before the cache is changed"):
+            cache.select([0])
+        layer(torch.zeros(2, 1, HIDDEN, dtype=torch.float64), cache=cache.layers[0])
+    with pytest.raises(ValueError, match="cache must be dense to be selected from, got paged"):
+        layer.new_cache(2, 64, page_size=16, num_pages=8).select([0])
+
+
 def test_a_failure_leaves_the_cache_as_it_was():
     model = LanguageModel(LanguageModelConfig(num_layers=2, nsa=CONFIGS["fsa"]), dtype=torch.float64)
     tokens = torch.randint(256, (2, 70))

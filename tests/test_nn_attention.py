@@ -22,6 +22,7 @@ from flash_sparse_attention import (
 )
 from flash_sparse_attention.config import compression_kinds, preset_names
 from flash_sparse_attention.nn import AttentionRecord, NativeSparseAttention, attention, record_attention
+from flash_sparse_attention.nn.attention import BranchGate
 
 # Small enough that 40 tokens have blocks to choose from, and windows that do not reach back to the start.
 SIZES = {"kernel_size": 4, "kernel_stride": 2, "block_size": 4, "num_selected_blocks": 4, "window_size": 5}
@@ -293,6 +294,92 @@ def test_gates_start_at_a_third(gate):
         layer(hidden_states())
     heads = 6 if gate == "per_head" else 1
     torch.testing.assert_close(records[""].gates, torch.full((40, heads, 3), 1 / 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("num_gates", [1, 6])
+def test_gates_start_where_they_are_told(num_gates):
+    gate = BranchGate(12, num_gates, (0.02, 0.9, 0.08), dtype=torch.float64)
+    x = torch.randn(5, 12, dtype=torch.float64)
+    weights = gate(x).sigmoid().unflatten(-1, (num_gates, 3))
+    torch.testing.assert_close(weights, torch.tensor([0.02, 0.9, 0.08], dtype=torch.float64).expand(5, num_gates, 3))
+    torch.nn.init.normal_(gate.weight)
+    gate.bias.data.zero_()
+    gate.reset_parameters()
+    torch.testing.assert_close(gate(x).sigmoid().unflatten(-1, (num_gates, 3)), weights)
+    assert BranchGate(12, num_gates).start == (1 / 3, 1 / 3, 1 / 3)
+
+
+@pytest.mark.parametrize("start", [(), (0.5, 0.5), (0.25,) * 4, (0.0, 0.5, 0.5), (1.0, 0.5, 0.5), (math.nan, 0.5, 0.5)])
+def test_gates_cannot_start_elsewhere(start):
+    with pytest.raises(
+        ValueError, match="start must be a number between 0 and 1 for each of compressed, selected, window"
+    ):
+        BranchGate(12, 2, start)
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_norms_of_queries_and_keys(preset):
+    """The same as norms by hand: before compression and rotation, over the channels of each head."""
+    sizes = SIZES | ({"kernel_size": 4, "kernel_stride": 4} if preset == "fla" else {})
+    config, eps = NSAConfig.preset(preset, **sizes), 0.3
+    layer = make(config, qk_norm_eps=eps)
+    plain = make(config)
+    missing = plain.load_state_dict(layer.state_dict(), strict=False).unexpected_keys
+    assert missing == ["q_norm.weight", "k_norm.weight"]
+    heads = plain._heads
+
+    def by_hand(hidden):
+        q, k, v = heads(hidden)
+        q, k = (x / (x.square().mean(-1, keepdim=True) + eps).sqrt() for x in (q, k))
+        return q * layer.q_norm.weight, k * layer.k_norm.weight, v
+
+    plain._heads = by_hand
+    hidden, layout = hidden_states(), SequenceLayout.from_lengths(LENGTHS)
+    out = layer(hidden, layout)
+    torch.testing.assert_close(out, plain(hidden, layout))
+    out.square().sum().backward()
+    assert layer.q_norm.weight.grad.all()
+    assert layer.k_norm.weight.grad.all()
+    cache = layer.new_cache(1)
+    with torch.no_grad():
+        for piece in hidden[:21].split([12, 1, 8]):
+            with cache.extend(SequenceLayout.uniform(1, len(piece))):
+                last = layer(piece[None], cache=cache.layers[0])
+    torch.testing.assert_close(last[0], out[13:21].detach())
+
+
+def test_norms_start_at_one_and_are_saved():
+    layer = make(qk_norm_eps=1e-6)
+    again = make(qk_norm_eps=1e-6)
+    again.load_state_dict(layer.state_dict())
+    x = hidden_states()
+    torch.testing.assert_close(again(x), layer(x))
+    layer.reset_parameters()
+    assert layer.q_norm.weight.tolist() == layer.k_norm.weight.tolist() == [1.0] * 8
+    assert make().q_norm is make().k_norm is None
+
+
+def test_norms_under_autocast():
+    layer = make(dtype=torch.float32, qk_norm_eps=1e-6, impl="auto")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(hidden_states(dtype=torch.float32)).dtype == torch.bfloat16
+
+
+def test_softmax_scale_in_a_cache():
+    layer, x = make(softmax_scale=0.7), hidden_states(20)
+    cache = layer.new_cache(1)
+    with torch.no_grad():
+        for piece in x.split([12, 1, 7]):
+            with cache.extend(SequenceLayout.uniform(1, len(piece))):
+                last = layer(piece[None], cache=cache.layers[0])
+        torch.testing.assert_close(last[0], layer(x)[13:])
+
+
+def test_cache_elsewhere():
+    cache = make(dtype=torch.float32).new_cache(2, 32, device="meta", dtype=torch.bfloat16)
+    assert cache.device.type == "meta"
+    assert cache.dtype == torch.bfloat16
+    assert make(dtype=torch.bfloat16).new_cache(2, 32).dtype == torch.bfloat16
 
 
 def test_reset_parameters_starts_again():

@@ -85,7 +85,7 @@ class BranchGate(nn.Linear):
         """
         nn.init.zeros_(self.weight)
         # sigmoid(b) = x  <=>  b = log(x / (1 - x))
-        logits = torch.tensor([math.log(x / (1 - x)) for x in self.start])
+        logits = torch.tensor([math.log(x / (1 - x)) for x in self.start], dtype=torch.float64)
         self.bias.copy_(logits.repeat(self.out_features // len(BRANCHES)))
 
 
@@ -226,6 +226,7 @@ class NativeSparseAttention(nn.Module):
         capacity: int | None = None,
         *,
         num_layers: int = 1,
+        device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> NSACache:
@@ -235,6 +236,7 @@ class NativeSparseAttention(nn.Module):
             batch: sequences.
             capacity: tokens that a sequence may have; None to grow as needed.
             num_layers: layers that it serves.
+            device: of the cache; that of the parameters by default.
             dtype: of keys and values: that of the parameters by default, or of `torch.autocast` where it is enabled.
             **options: `page_size`, `num_pages`, `max_crop` and `pools` of `NSACache`; others replace what follows from
                 the layer.
@@ -243,10 +245,12 @@ class NativeSparseAttention(nn.Module):
             >>> NativeSparseAttention(64, num_heads=4, num_kv_heads=2, head_dim=16).new_cache(2, 1000).capacity
             1000
         """
-        device = self.q_proj.weight.device
+        # A parameter that is left as it is where projections are quantized, or wrapped to be fine-tuned.
+        parameter = self.branch_gate_proj.bias
+        device = parameter.device if device is None else torch.device(device)
         if dtype is None:
             autocast = torch.is_autocast_enabled(device.type)
-            dtype = torch.get_autocast_dtype(device.type) if autocast else self.q_proj.weight.dtype
+            dtype = torch.get_autocast_dtype(device.type) if autocast else parameter.dtype
         own: dict[str, Any] = {
             "num_kv_heads": self.num_kv_heads,
             "head_dim": self.head_dim,
@@ -309,10 +313,7 @@ class NativeSparseAttention(nn.Module):
         q_NHD = self.q_proj(hidden).unflatten(-1, (self.num_heads, self.head_dim))
         k_NXHD = self.k_proj(hidden).unflatten(-1, (self.num_kv_pairs, self.num_kv_heads, self.head_dim))
         v_NXHD = self.v_proj(hidden).unflatten(-1, (self.num_kv_pairs, self.num_kv_heads, self.head_dim_v))
-        if self.q_norm is not None and self.k_norm is not None:
-            # A norm of float32 weights leaves autocast's dtype.
-            q_NHD, k_NXHD = self.q_norm(q_NHD).to(v_NXHD.dtype), self.k_norm(k_NXHD).to(v_NXHD.dtype)
-        return q_NHD, k_NXHD, v_NXHD
+        return _normed(q_NHD, self.q_norm), _normed(k_NXHD, self.k_norm), v_NXHD
 
     def _attend(
         self,
@@ -527,6 +528,11 @@ def check_hidden_states(hidden_states: Tensor, hidden_size: int) -> int:
 
 def _rotated(x: Tensor, by: Rotation | None) -> Tensor:
     return x if by is None else rotate(x, by)
+
+
+def _normed(x: Tensor, norm: Any) -> Tensor:
+    """Autocast leaves norms their float32 weights, and PyTorch's wants `x` of the same dtype."""
+    return x if norm is None else norm(x.to(norm.weight.dtype)).to(x.dtype)
 
 
 def _recorder(records: dict[str, AttentionRecord], name: str) -> Callable[[AttentionRecord], None]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _NORMS = ("q_norm", "k_norm")
+# What Gemma 2 does to scores hardly shows in small ones.
+_SCORE_CHANGES = ("attn_logit_softcapping",)
 
 
 class NSAAttention(NativeSparseAttention):
@@ -101,7 +104,7 @@ class NSAAttention(NativeSparseAttention):
         elif inputs.caches is None:
             out = self._forward(hidden, inputs.layout, inputs.rotary, None)
         else:
-            with torch.no_grad():
+            with torch.no_grad(), _weights_there(self.compressor_k), _weights_there(self.compressor_v):
                 out = self._forward(hidden, inputs.layout, inputs.rotary, inputs.caches.of_layer(self.layer_idx))
         return inputs.unpack(out, hidden_states), None
 
@@ -125,6 +128,7 @@ def check_full_attention(full: nn.Module) -> dict[str, Any]:
     missing = [name for name in _PROJECTIONS if name not in modules]
     others = sorted(set(modules) - set(_PROJECTIONS) - set(_NORMS))
     others += [name for name, _ in full.named_parameters(recurse=False)]
+    others += [name for name in _SCORE_CHANGES if getattr(full, name, None) is not None]
     if missing or others or not hasattr(full, "head_dim") or not hasattr(full, "scaling"):
         got = f"{kind} without {', '.join(missing)}" if missing else f"{kind} with {', '.join(others) or 'neither'}"
         raise bad("model", "with q_proj, k_proj, v_proj, o_proj, head_dim and scaling, and no more", got, cure)
@@ -134,6 +138,19 @@ def check_full_attention(full: nn.Module) -> dict[str, Any]:
     if (_NORMS[0] in modules) != (_NORMS[1] in modules):
         raise bad("model", "with norms of both queries and keys, or none", kind, cure)
     return modules
+
+
+@contextlib.contextmanager
+def _weights_there(module: Any) -> Iterator[None]:
+    """Accelerate brings offloaded weights for the time of a call; a cache reads those of compressors outside of one."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        if hook is not None:
+            hook.post_forward(module, None)
 
 
 def _repeated(module: nn.Linear, times: int) -> nn.Linear:

@@ -32,6 +32,7 @@ class SparseCaches:
     Attributes:
         columns: tokens of each row that were read, padding counted.
         batch: rows, 0 before the first.
+        extending: whether new tokens are being read.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class SparseCaches:
     ) -> None:
         self.layers, self.capacity = list(layers), capacity
         self.columns = self.batch = 0
+        self.extending = False
         self._make = make
         self._places: dict[torch.device, list[int]] = {}
         for layer, device in zip(layers, devices, strict=True):
@@ -56,9 +58,11 @@ class SparseCaches:
         Yields:
             The positions of the new tokens, int64 `[N]`.
         """
-        if self.batch not in (0, layout.batch):
-            cure = "make a new cache, or reset this one"
-            raise bad("past_key_values", f"of {layout.batch} sequences", self.batch, cure)
+        if self.batch != layout.batch:
+            if self.columns:
+                cure = "make a new cache, or reset this one"
+                raise bad("past_key_values", f"of {layout.batch} sequences", self.batch, cure)
+            self._caches.clear()
         if self.capacity is not None and self.columns + columns > self.capacity:
             got = self.columns + columns
             raise bad("past_key_values", f"of at least {got} tokens", self.capacity, "make a longer static cache")
@@ -71,6 +75,8 @@ class SparseCaches:
                 if layout.device != cache.device:
                     on_device = SequenceLayout.from_lengths(layout.lengths, device)
                 positions = stack.enter_context(cache.extend(on_device)).positions
+            self.extending = True
+            stack.callback(setattr, self, "extending", False)
             yield positions
         self.batch, self.columns = layout.batch, self.columns + columns
 
@@ -110,7 +116,6 @@ class SparseCacheLayer(CacheLayerMixin):
         number: of the layer in the model.
     """
 
-    is_compileable = False
     is_croppable = True
     is_sliding = False
 
@@ -118,6 +123,13 @@ class SparseCacheLayer(CacheLayerMixin):
         super().__init__()
         self.caches, self.number = caches, number
         self._acts = number == caches.layers[0]
+
+    def _is_compileable(self) -> bool:
+        """Before a forward pass: nothing is to be compiled. Within one: static layers beside this one have rows that
+        are not written yet, which transformers masks where a cache is compileable."""
+        return self.caches.extending and self.caches.capacity is not None
+
+    is_compileable: Any = property(_is_compileable)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the model makes the caches."""
@@ -164,8 +176,9 @@ class SparseCacheLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Takes back -tokens_to_remove tokens; a positive number is the length that is left, as in older versions."""
         if self._acts:
-            columns = self.caches.columns
-            self.caches.crop(tokens_to_remove if tokens_to_remove > 0 else max(0, columns + tokens_to_remove))
+            # Older versions pass a tensor.
+            tokens, columns = int(tokens_to_remove), self.caches.columns
+            self.caches.crop(tokens if tokens > 0 else max(0, columns + tokens))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Gives each row the past of another one."""
@@ -183,7 +196,7 @@ class SparseCacheLayer(CacheLayerMixin):
             self.caches.select(torch.arange(self.caches.batch)[indices.cpu()].tolist())
 
 
-def adopt(cache: Cache, num_layers: int, make: Callable[[int | None], SparseCaches]) -> SparseCaches | None:
+def adopt(cache: Cache, num_layers: int, make: Callable[[int | None], SparseCaches]) -> SparseCaches:
     """The caches of the sparse layers in a transformers `Cache`; replaces these layers while it is empty.
 
     Args:
@@ -191,17 +204,14 @@ def adopt(cache: Cache, num_layers: int, make: Callable[[int | None], SparseCach
         num_layers: of the model.
         make: capacity, None to grow -> the caches of its sparse layers.
 
-    Returns:
-        None for a model without sparse layers.
-
     Raises:
         ValueError: for a cache of another kind (quantized, offloaded), or one that full attention has written to.
     """
+    if not isinstance(cache, Cache) or getattr(cache, "offloading", False):
+        raise bad("past_key_values", "a DynamicCache or a StaticCache that is not offloaded", type(cache).__name__)
     for layer in cache.layers:
         if isinstance(layer, SparseCacheLayer):
             return layer.caches
-    if not isinstance(cache, Cache) or getattr(cache, "offloading", False):
-        raise bad("past_key_values", "a DynamicCache or a StaticCache that is not offloaded", type(cache).__name__)
     replicated = cache.layer_class_to_replicate
     while replicated is not None and len(cache.layers) < num_layers:
         cache.layers.append(replicated())
@@ -218,4 +228,4 @@ def adopt(cache: Cache, num_layers: int, make: Callable[[int | None], SparseCach
             raise bad("past_key_values", "empty before the first tokens", f"{int(old.get_seq_length())} tokens")
     for number in caches.layers:
         cache.layers[number] = SparseCacheLayer(caches, number)
-    return caches if caches.layers else None
+    return caches

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...config import NSAConfig
+from ...functional import RECOMPUTE
+from ...impl import IMPLEMENTATIONS
 from ...nn.attention import BRANCHES
-from ...validation import bad
+from ...validation import bad, check_choice
 
 # Weights of the compressed, the selected and the window branch that a converted model starts with. They sum to 1, as
 # the last two are full attention where they cover everything. Measured on a trained model, see docs/transformers.md.
@@ -63,9 +65,7 @@ class SparseFields:
             self.nsa_layers = check_layers(self.nsa_layers, count)
         if len(self.nsa_gates) != len(BRANCHES) or not all(0 < x < 1 for x in self.nsa_gates):
             raise bad("nsa_gates", f"a number between 0 and 1 for each of {', '.join(BRANCHES)}", self.nsa_gates)
-        unknown = sorted(set(self.nsa_options) - {"impl", "loop_order", "recompute"})
-        if unknown:
-            raise bad("nsa_options", "of impl, loop_order and recompute", ", ".join(unknown))
+        check_options(**self.nsa_options)
         rope = getattr(self, "rope_parameters", None) or {}
         if rope.get("rope_type", "default") not in _ROPE_TYPES:
             raise bad("rope_type", f"one of {', '.join(_ROPE_TYPES)}", repr(rope["rope_type"]))
@@ -82,14 +82,28 @@ class SparseFields:
         return list(range(count)) if self.nsa_layers is None else list(self.nsa_layers)
 
 
+def check_options(impl: str = "auto", loop_order: str = "auto", recompute: Sequence[str] = (), **others: Any) -> None:
+    """The options of a layer exist.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    if others:
+        raise bad("nsa_options", "of impl, loop_order and recompute", ", ".join(sorted(others)))
+    check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
+    check_choice("loop_order", loop_order, ("auto", "kv_outer", "query_outer"))
+    for part in [recompute] if isinstance(recompute, str) else recompute:
+        check_choice("recompute", part, RECOMPUTE)
+
+
 def check_layers(layers: Sequence[int], count: int) -> list[int]:
     """These layers of a model of `count`, in ascending order.
 
     Raises:
-        ValueError: for numbers of layers that do not exist, or the same twice.
+        ValueError: for numbers of layers that do not exist, the same twice, or none.
     """
     numbers = list(layers)
     good = all(isinstance(x, int) and not isinstance(x, bool) and 0 <= x < count for x in numbers)
-    if not good or len(set(numbers)) != len(numbers):
-        raise bad("layers", f"different numbers from 0 to {count - 1}", numbers)
+    if not numbers or not good or len(set(numbers)) != len(numbers):
+        raise bad("layers", f"different numbers from 0 to {count - 1}, at least one", numbers)
     return sorted(numbers)

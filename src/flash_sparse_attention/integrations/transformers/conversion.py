@@ -17,11 +17,13 @@ from ...validation import bad
 from .attention import NSAAttention
 from .configuration import START_OF_GATES, check_layers, conversion_config
 from .inputs import SparseInputs, rotations_of
-from .modeling import PREFIX, SparseClasses, sparse_classes
+from .modeling import PREFIX, SparseClasses, attention_of, become, sparse_classes
 
 _CHECKED_TOKENS = 16
 # Relative error of the same attention, computed in two ways in bfloat16; another attention is off by about 1.
 _SAME = 0.05
+# Standard deviation of the scores that are compared: in small ones, neither rotation nor softmax shows.
+_SPREAD = 3.0
 
 
 def convert(
@@ -92,7 +94,8 @@ def convert(
     for number, attention in made.items():
         decoder.layers[number].self_attn = attention
     model.config = decoder.config = config
-    decoder.__class__, model.__class__ = classes.model, classes.causal_lm
+    become(decoder, classes.model)
+    become(model, classes.causal_lm)
     return model
 
 
@@ -126,7 +129,7 @@ def _converted_layers(decoder: Any, config: Any) -> dict[int, NSAAttention]:
     """The new attention of the sparse layers, each compared with what it replaces."""
     made = {}
     for number in config.sparse_layers:
-        full = decoder.layers[number].self_attn
+        full = attention_of(decoder, number)
         attention = NSAAttention(full, config.nsa_config, number, config.nsa_gates, config.nsa_options)
         attention.train(full.training)
         if attention.q_proj.weight.device.type != "meta":
@@ -136,12 +139,16 @@ def _converted_layers(decoder: Any, config: Any) -> dict[int, NSAAttention]:
 
 
 @torch.no_grad()
-def _check_same(decoder: Any, number: int, full: nn.Module, attention: NSAAttention) -> None:
+def _check_same(decoder: Any, number: int, full: Any, attention: NSAAttention) -> None:
     """The full attention of a layer is what `NSAAttention` takes it for: projections, norms, rotation, softmax."""
     weight = attention.q_proj.weight
     tokens, hidden_size = _CHECKED_TOKENS, attention.hidden_size
     generator = torch.Generator().manual_seed(number)
     hidden = torch.randn(1, tokens, hidden_size, generator=generator).to(weight)
+    if attention.q_norm is None:
+        q, k, _ = attention._heads(hidden[0])
+        scores = full.scaling * (q[:, 0] @ k[:, 0, 0].T).float()
+        hidden = hidden * (_SPREAD / scores.std()).sqrt().clamp(1e-2, 1e2).to(hidden)
     layout = SequenceLayout.uniform(1, tokens, weight.device)
     compute = rotations_of(decoder.rotary_emb, weight.dtype)
     try:
@@ -159,7 +166,7 @@ def _check_same(decoder: Any, number: int, full: nn.Module, attention: NSAAttent
 def _eager(decoder: Any, full: Any, hidden: Tensor, positions: Tensor) -> Tensor:
     """What the attention of a decoder makes of tokens that see those before them."""
     tokens = hidden.shape[1]
-    mask = torch.full((tokens, tokens), torch.finfo(hidden.dtype).min, device=hidden.device).triu(1).to(hidden)
+    mask = hidden.new_full((tokens, tokens), torch.finfo(hidden.dtype).min).triu(1)
     config, training = full.config, full.training
     before = config._attn_implementation
     try:

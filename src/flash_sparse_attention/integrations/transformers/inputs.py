@@ -71,6 +71,18 @@ def _moved(by: Rotation, place: torch.device) -> Rotation:
     return Rotation(*(x.to(place) for x in by))
 
 
+def is_packed(
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    layout: SequenceLayout | None,
+    cu_seq_lens: Tensor | None,
+) -> bool:
+    """Whether rows pack sequences, from the arguments of `layout_of`."""
+    if layout is not None or cu_seq_lens is not None:
+        return True
+    return attention_mask is None and position_ids is not None and bool((position_ids.diff(dim=-1) != 1).any())
+
+
 def layout_of(
     shape: tuple[int, int],
     device: torch.device,
@@ -99,8 +111,7 @@ def layout_of(
         ValueError: for masks or bounds that do not fit the batch, or packed sequences with a cache.
     """
     rows, columns = shape
-    packed = layout is not None or cu_seq_lens is not None
-    if packed and past is not None:
+    if past is not None and is_packed(attention_mask, position_ids, layout, cu_seq_lens):
         raise bad("layout", "left out with a cache", "packed sequences", "pad them, and pass attention_mask")
     if layout is not None:
         if layout.total_tokens != rows * columns:
@@ -109,8 +120,7 @@ def layout_of(
     if cu_seq_lens is not None:
         bounds = cu_seq_lens.to(device=device, dtype=torch.int32)
         return SequenceLayout.of("input_ids", torch.empty(rows * columns, 0, device=device), False, bounds), None
-    # A step of decoding has no padding: what has ended goes on with anything.
-    if attention_mask is not None and not (past and columns == 1):
+    if attention_mask is not None:
         return _layout_of_mask(attention_mask, rows, columns, past or 0, device)
     if attention_mask is None and position_ids is not None and past is None:
         return SequenceLayout.from_lengths(_restarts(position_ids.expand(rows, -1)), device), None

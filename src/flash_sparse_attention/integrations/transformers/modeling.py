@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ...nn.attention import BranchGate
@@ -25,7 +25,7 @@ from ...validation import bad
 from .attention import NSAAttention
 from .cache import SparseCaches, adopt
 from .configuration import SparseFields
-from .inputs import SparseInputs, layout_of, rotations_of
+from .inputs import SparseInputs, is_packed, layout_of, rotations_of
 
 PREFIX = "nsa_"
 
@@ -84,7 +84,8 @@ class SparseDecoder(_SparseWeights):
                 padding by default. With a cache they are counted on in any case.
             past_key_values: an empty `DynamicCache` or `StaticCache`, or one that this model has filled.
             inputs_embeds: `[B, S, hidden_size]` instead of `input_ids`.
-            use_cache: whether to keep keys and values; by default as configured, but not where gradients are recorded.
+            use_cache: whether to keep keys and values; by default as configured, but not where gradients are recorded
+                or rows pack sequences.
             layout: bounds of the sequences that one row packs, which spares copies to the host; or `cu_seq_lens_q`,
                 as for flash-attention.
             **kwargs: as the base model's.
@@ -97,8 +98,12 @@ class SparseDecoder(_SparseWeights):
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
         config = self.config  # type: ignore[attr-defined]
+        bounds = kwargs.get("cu_seq_lens_q")
         if use_cache is None:
             use_cache = config.use_cache and not torch.is_grad_enabled()
+            # Evaluation of packs, where nobody asks for a cache.
+            if use_cache and past_key_values is None:
+                use_cache = not is_packed(attention_mask, position_ids, layout, bounds)
         if use_cache and self.training and torch.is_grad_enabled():  # type: ignore[attr-defined]
             raise bad("use_cache", "False in training", True, "what a cache holds has no gradients")
         if use_cache and past_key_values is None:
@@ -106,7 +111,6 @@ class SparseDecoder(_SparseWeights):
         caches = None if past_key_values is None else self.sparse_caches(past_key_values)
         past = None if caches is None else caches.columns
         rows, columns = inputs_embeds.shape[:2]
-        bounds = kwargs.get("cu_seq_lens_q")
         packed, tokens = layout_of(
             (rows, columns),
             inputs_embeds.device,
@@ -120,8 +124,8 @@ class SparseDecoder(_SparseWeights):
         if position_ids is not None and caches is None:
             positions = position_ids.expand(rows, -1).flatten()
             positions = positions if tokens is None else positions[tokens]
-        elif layout is not None or bounds is not None:
-            position_ids = positions.view(rows, columns)
+        elif layout is not None or bounds is not None or tokens is not None:
+            position_ids = _placed(positions, tokens, rows, columns)
         if len(config.sparse_layers) == config.num_hidden_layers:
             # Nobody reads a mask: transformers passes on what has four dimensions, and makes none.
             attention_mask = torch.empty(1, 1, 1, 1, device=inputs_embeds.device)
@@ -129,6 +133,8 @@ class SparseDecoder(_SparseWeights):
         with contextlib.ExitStack() as stack:
             if caches is not None:
                 positions = stack.enter_context(caches.extend(packed, columns)).to(inputs_embeds.device)
+                # `generate` goes on from the position of the last column, which may be padding.
+                position_ids = _placed(positions, tokens, rows, columns)
             output = super().forward(  # type: ignore[misc]
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -140,8 +146,8 @@ class SparseDecoder(_SparseWeights):
             )
         return output if caches is None or tokens is None else _with_last_repeated(output, tokens)
 
-    def sparse_caches(self, cache: Any) -> SparseCaches | None:
-        """What the sparse layers keep in this cache, which they take over if it is empty; None without such layers."""
+    def sparse_caches(self, cache: Any) -> SparseCaches:
+        """What the sparse layers keep in this cache, which they take over if it is empty."""
         config, layers = self.config, self.layers  # type: ignore[attr-defined]
         sparse = [layers[number].self_attn for number in config.sparse_layers]
 
@@ -152,7 +158,7 @@ class SparseDecoder(_SparseWeights):
         def make(capacity: int | None) -> SparseCaches:
             return SparseCaches(config.sparse_layers, make_one, [_device(layer) for layer in sparse], capacity)
 
-        return adopt(cache, config.num_hidden_layers, make) if sparse else None
+        return adopt(cache, config.num_hidden_layers, make)
 
 
 class SparseCausalLM(_SparseWeights):
@@ -216,13 +222,13 @@ def sparse_classes(model_type: str) -> SparseClasses:
 def make_sparse(decoder: Any) -> None:
     """Gives the sparse layers of a decoder their attention. Nothing has changed if one of them cannot have it."""
     config = decoder.config
-    width = 2 * decoder.rotary_emb.inv_freq.numel()
     made = {}
     for number in config.sparse_layers:
-        full = decoder.layers[number].self_attn
+        full = attention_of(decoder, number)
         if isinstance(full, NSAAttention):
             continue
         made[number] = NSAAttention(full, config.nsa_config, number, config.nsa_gates, config.nsa_options)
+        width = 2 * decoder.rotary_emb.inv_freq.numel()
         if made[number].head_dim != width:
             raise bad("rotary embedding", f"of all {made[number].head_dim} channels of a head", width)
     for number, attention in made.items():
@@ -234,7 +240,28 @@ def as_sparse_decoder(causal_lm: Any) -> None:
     decoder = getattr(causal_lm, causal_lm.base_model_prefix)
     decoder.config = causal_lm.config
     make_sparse(decoder)
-    decoder.__class__ = sparse_classes(causal_lm.config.model_type).model
+    become(decoder, sparse_classes(causal_lm.config.model_type).model)
+
+
+def become(model: Any, sparse: Any) -> None:
+    """Makes a model that has its configuration and its modules already one of this class."""
+    # What transformers knows of a class, as which outputs it can record, it notes when one of it is constructed.
+    PreTrainedModel.__init__(sparse.__new__(sparse), model.config)
+    model.__class__ = sparse
+
+
+def attention_of(decoder: Any, number: int) -> Any:
+    """The attention of a layer.
+
+    Raises:
+        ValueError: for a decoder that is not built like Llama's.
+    """
+    if not hasattr(decoder, "layers") or not hasattr(decoder, "rotary_emb"):
+        raise bad("model", "with layers and rotary_emb, like Llama", type(decoder).__name__)
+    if not hasattr(decoder.layers[number], "self_attn"):
+        got = f"{type(decoder.layers[number]).__name__} in layer {number}"
+        raise bad("model", "of layers with self_attn, like Llama", got)
+    return decoder.layers[number].self_attn
 
 
 def _derived(first: type, base: Any, **attributes: Any) -> type:
@@ -246,12 +273,20 @@ def _derived(first: type, base: Any, **attributes: Any) -> type:
     return made
 
 
-def _device(attention: Any) -> torch.device:
-    """Where a layer runs: where its weights are, or where accelerate brings them for the time of a call."""
-    hook = getattr(attention, "_hf_hook", None)
-    weight_device = attention.q_proj.weight.device
-    runs_on = getattr(hook, "execution_device", None)
-    return torch.device(runs_on) if weight_device.type == "meta" and runs_on is not None else weight_device
+def _device(attention: nn.Module) -> torch.device:
+    """Where a layer runs: where accelerate brings its inputs and weights for the time of a call, or where these are."""
+    for module in attention.modules():
+        runs_on = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if runs_on is not None:
+            return torch.device(runs_on)
+    return next(attention.parameters()).device
+
+
+def _placed(positions: Tensor, tokens: Tensor | None, rows: int, columns: int) -> Tensor:
+    """Positions of the real tokens in their places in the batch, `[B, S]`, 0 elsewhere."""
+    if tokens is not None:
+        positions = positions.new_zeros(rows * columns).index_copy(0, tokens, positions)
+    return positions.view(rows, columns)
 
 
 def _with_last_repeated(output: Any, tokens: Tensor) -> Any:
