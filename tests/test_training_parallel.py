@@ -140,7 +140,6 @@ def test_a_signal_to_any_process_ends_all_behind_one_step(runs):
 
 
 def test_converted(runs):
-    pytest.importorskip("flash_sparse_attention.integrations.transformers")
     assert numbers(runs / "two" / "converted") == pytest.approx(numbers(runs / "one" / "converted"), rel=1e-3)
 
 

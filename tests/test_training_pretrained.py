@@ -13,8 +13,9 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from flash_sparse_attention import NSAConfig, SequenceLayout
-from flash_sparse_attention.nn import NativeSparseAttention
+from flash_sparse_attention import SequenceLayout
+from flash_sparse_attention.integrations import transformers as integration
+from flash_sparse_attention.integrations.transformers import conversion_config, convert
 from flash_sparse_attention.training import (
     Progress,
     TrainConfig,
@@ -73,37 +74,16 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-class SparseStub(nn.Module):
-    """Sparse attention in the place of a layer's own, with its projections."""
-
-    def __init__(self, attention, config, impl):
-        super().__init__()
-        kv, dim = attention.k_proj.out_features // attention.head_dim, attention.head_dim
-        heads = attention.q_proj.out_features // dim
-        sizes = {"num_heads": heads, "num_kv_heads": kv, "head_dim": dim}
-        self.sparse = NativeSparseAttention(attention.q_proj.in_features, **sizes, config=config, impl=impl)
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            getattr(self.sparse, name).load_state_dict(getattr(attention, name).state_dict())
-
-    def forward(self, hidden_states, position_ids=None, layout=None, **options):
-        return self.sparse(hidden_states[0], layout, position_ids[0])[None], None
-
-
 @pytest.fixture
 def conversion(monkeypatch):
-    """A conversion that notes how it was called."""
+    """Notes how the conversion is called."""
     calls = []
 
-    def convert(model, nsa=None, *, layers=None, impl="auto", dtype=None):
+    def noted(model, nsa=None, *, layers=None, impl="auto"):
         calls.append((nsa, layers, impl))
-        config = NSAConfig.from_dict(NSA) if nsa is None else nsa
-        for index, layer in enumerate(model.model.layers):
-            if layers is None or index in layers:
-                layer.self_attn = SparseStub(layer.self_attn, config, impl)
-        return model
+        return convert(model, nsa, layers=layers, impl=impl)
 
-    integration = SimpleNamespace(convert=convert, DEFAULT_NSA=NSAConfig.from_dict(NSA))
-    monkeypatch.setattr(pretrained, "_integration", lambda: integration)
+    monkeypatch.setattr(integration, "convert", noted)
     return calls
 
 
@@ -322,7 +302,7 @@ class TestConversion:
     def test_of_all_layers_with_its_own_sizes(self, tmp_path, models, corpus, conversion):
         config = tiny_config(models["llama"], corpus, convert=True)
         result = train(config, tmp_path / "run")
-        assert conversion == [(None, None, "auto")]
+        assert conversion == [(conversion_config(), None, "auto")]
         assert result.evaluation.loss < math.log(320)
         state = read_state(result.checkpoint)
         assert state.train_config["convert"] is True
@@ -330,7 +310,7 @@ class TestConversion:
     def test_of_some_layers_with_other_sizes(self, tmp_path, models, corpus, conversion):
         options = {"convert": True, "convert_layers": [1], "nsa": {"window_size": 24}, "impl": "reference"}
         run = Trainer(tiny_config(models["llama"], corpus, **options), tmp_path / "run")
-        nsa = NSAConfig.from_dict(NSA | {"window_size": 24})
+        nsa = conversion_config(window_size=24)
         assert conversion == [(nsa, (1,), "reference")]
         assert run._cost.attention == (AttentionCost(32), AttentionCost(32, nsa))
         weights = sum(x.numel() for x in run.model.parameters()) - 320 * 32
@@ -352,7 +332,7 @@ class TestConversion:
 
     def test_packs_keep_their_sequences_apart(self, models, conversion):
         model = transformers.AutoModelForCausalLM.from_pretrained(models["llama"])
-        packed = PackedCausalLM(pretrained._integration().convert(model))
+        packed = PackedCausalLM(convert(model))
         assert packed.sparse
         tokens, targets = torch.randint(320, (2, 40))
         whole = packed(tokens, targets, SequenceLayout.from_lengths([25, 15]))
@@ -382,18 +362,9 @@ class TestConversion:
         )
         assert 2 <= graphs["unique_graphs"] <= 4
 
-    def test_without_the_integration(self, tmp_path, models, corpus, monkeypatch):
-        monkeypatch.setattr(pretrained, "_integration", lambda: None)
-        with pytest.raises(ValueError, match="convert must be left out where the integration"):
-            train(tiny_config(models["llama"], corpus, convert=True), tmp_path / "run")
-
 
 class TestIntegration:
-    """With the conversion of this library."""
-
-    @pytest.fixture(autouse=True)
-    def _needed(self):
-        pytest.importorskip("flash_sparse_attention.integrations.transformers")
+    """Converted models, from training to transformers and back."""
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_trains_resumes_and_loads(self, tmp_path, models, corpus, family):
@@ -403,7 +374,7 @@ class TestIntegration:
         resumed = train(config.replace(steps=4), tmp_path / "parts", resume=True)
         assert resumed.step == 4
         run = Trainer(config, tmp_path / "parts", resume=True)
-        assert all(cost.nsa == NSAConfig.from_dict(NSA) for cost in run._cost.attention)
+        assert all(cost.nsa == conversion_config(**NSA) for cost in run._cost.attention)
         run.run()
         assert losses(tmp_path / "parts")[-1][5] is not None
         model = transformers.AutoModelForCausalLM.from_pretrained(whole.checkpoint)

@@ -172,7 +172,7 @@ def test_new_models(architecture: str):
     model = AutoModelForCausalLM.from_config(config)
     assert type(model).__name__ == f"NSA{type(base_model(architecture)).__name__}"
     assert type(AutoModel.from_config(config)).__name__ == type(model.model).__name__
-    check_start(model.model.layers[0].self_attn, [0.02, 0.9, 0.08])
+    check_start(model.model.layers[0].self_attn, list(integration.START_OF_GATES))
     assert 0.01 < model.model.layers[0].self_attn.q_proj.weight.std() < 0.03
     assert model(tokens_of(1, 9), labels=tokens_of(1, 9)).loss.isfinite()
 

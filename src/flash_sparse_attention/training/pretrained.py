@@ -112,7 +112,7 @@ class TransformersTask(Task):
         self.folder = str(folder)
         self.transformers = optional("transformers", "train", "training a model of transformers")
         # Makes converted models known to transformers.
-        self.integration = _integration()
+        self.integration = importlib.import_module("flash_sparse_attention.integrations.transformers")
         found = _loaded(self.transformers.AutoTokenizer, self.folder, "a tokenizer")
         self.tokenizer = Tokenizer(found, self.folder)
 
@@ -193,10 +193,8 @@ class TransformersTask(Task):
         self.tokenizer.tokenizer.save_pretrained(folder)
 
     def _convert(self, model: Any) -> Any:
-        if self.integration is None:
-            raise bad("convert", "left out where the integration with transformers is missing", True)
         config = self.config
-        nsa = self.integration.DEFAULT_NSA.replace(**config.nsa) if config.nsa else None
+        nsa = self.integration.conversion_config(**config.nsa)
         return self.integration.convert(model, nsa, layers=config.convert_layers, impl=config.impl)
 
 
@@ -267,13 +265,3 @@ def _without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _integration() -> Any:
-    name = "flash_sparse_attention.integrations.transformers"
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):
-            raise
-        return None
