@@ -331,6 +331,8 @@ def test_the_first_layer_may_be_full():
         check_rows(model, TEXTS, got)
     cache, ids = StaticCache(config=model.config, max_cache_len=64), tokens_of(2, 20)
     check(model, ids, greedy(model, ids, past_key_values=cache))
+    beams = {"num_beams": 3, "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(model.generate(**batch, **beams), model.generate(**batch, **beams, use_cache=False))
 
 
 def test_crop_in_the_old_way():
@@ -341,6 +343,8 @@ def test_crop_in_the_old_way():
         assert cache.get_seq_length() == 15
         cache.crop(50)
         assert cache.get_seq_length() == 15
+        model(ids[:, 15:18], past_key_values=cache)
+        cache.crop(torch.tensor(-3))
         close(model(ids[:, 15:], past_key_values=cache).logits, model(ids, use_cache=False).logits[:, 15:])
 
 

@@ -106,10 +106,17 @@ def test_padding(model: Any, expected: tuple[Tensor, dict[str, Tensor]], side: s
 
 def test_padding_comes_out_as_zeros():
     model, batch = sparse_model(), padded("right")
-    outs = []
-    handle = model.model.layers[0].self_attn.register_forward_hook(lambda module, args, out: outs.append(out[0]))
+    outs, masks = [], []
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        outs.append(out[0])
+        masks.append(kwargs["attention_mask"])
+
+    handle = model.model.layers[0].self_attn.register_forward_hook(note, with_kwargs=True)
     model(batch["input_ids"], attention_mask=batch["attention_mask"])
     handle.remove()
+    # There is no mask of all tokens by all tokens.
+    assert masks[0].numel() == 1
     padding = batch["attention_mask"] == 0
     assert not outs[0][padding].any()
     assert outs[0][~padding].all(-1).any()
