@@ -31,7 +31,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module", params=[None, [0, 2]], ids=str)
 def model(request: pytest.FixtureRequest) -> Any:
-    return sparse_model("qwen3", layers=request.param)
+    return sparse_model("qwen3", layers=request.param, num_hidden_layers=3 if request.param else 2)
 
 
 def loss_and_gradients(model: Any, batches: list[dict[str, Any]]) -> tuple[Tensor, dict[str, Tensor]]:
