@@ -175,6 +175,32 @@ def test_teachers_stay():
         torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_full_attention_has_the_keys_of_selection():
+    model, ids = sparse_model("llama", NSAConfig.preset("paper", **SIZES)), tokens_of(2, 40)
+    with torch.no_grad():
+        expected = base_model("llama")(ids).logits
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
+                compressed, _, window = projection.weight.view(3, -1, 24)
+                compressed.neg_()
+                window.zero_()
+        with matching(model):
+            torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_learning_rates_fall(monkeypatch: pytest.MonkeyPatch):
+    rates, step = [], torch.optim.AdamW.step
+
+    def noted(optimizer: torch.optim.AdamW, *args: Any) -> Any:
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        return step(optimizer, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    model = sparse_model("llama", layers=[1])
+    warm_up(model, BATCHES, steps=4, new_steps=2, learning_rate=0.1, attention_learning_rate=0.01)
+    assert rates == [[0.1], [pytest.approx(0.075)], [0.05, 0.005], pytest.approx([0.025, 0.0025])]
+
+
 def test_an_iterator_and_a_generator():
     model = sparse_model("llama", layers=[1])
     assert len(warm_up(model, iter(BATCHES), steps=3)) == 3

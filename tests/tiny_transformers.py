@@ -58,6 +58,8 @@ def base_model(architecture: str = "llama", dtype: torch.dtype = torch.float64, 
             parameter.copy_(torch.randn_like(parameter) * (0.1 if "bias" in name else 0.2))
             if "norm" in name:
                 parameter.add_(1)
+        # Never the likeliest token: `generate` would take it for padding in the next turn.
+        model.get_output_embeddings().weight[0] = 0
     return model.to(dtype)
 
 

@@ -93,7 +93,11 @@ def convert(
     # Nothing can fail from here on.
     for number, attention in made.items():
         decoder.layers[number].self_attn = attention
-    model.config = decoder.config = config
+    # Layers that stay full look there for their implementation.
+    base = model.config
+    for module in model.modules():
+        if getattr(module, "config", None) is base:
+            module.config = config
     become(decoder, classes.model)
     become(model, classes.causal_lm)
     return model

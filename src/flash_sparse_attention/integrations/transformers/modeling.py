@@ -299,7 +299,7 @@ def _with_last_repeated(output: Any, tokens: Tensor) -> Any:
     column = torch.arange(columns, device=hidden.device)
     real = torch.zeros(rows * columns, dtype=torch.bool, device=hidden.device).index_fill(0, tokens, True)
     last = torch.where(real.view(rows, columns), column, -1).amax(1, keepdim=True)
-    source = torch.where(last < 0, column, torch.minimum(column, last))
+    source = torch.minimum(column, last.clamp(min=0))
     hidden = hidden.gather(1, source[..., None].expand_as(hidden))
     if isinstance(output, tuple):
         return (hidden, *output[1:])
