@@ -74,6 +74,11 @@ def plan_step(
     )
 
 
+def _angles(by: Pair | None) -> tuple[Tensor | None, Tensor | None]:
+    """Cosines and sines as the kernels read them, row behind row; they may be halves of wider rows."""
+    return (None, None) if by is None else (by[0].contiguous(), by[1].contiguous())
+
+
 def store_rows(pairs: list[tuple[Pair, Pair, Place]], by: Pair | None) -> None:
     """As `blockwise.store_rows`; a token's heads are adjacent in all of them."""
     if len(pairs[0][1][0]):
@@ -90,7 +95,7 @@ def _launch_store(k: Tensor, pairs: list[tuple[Pair, Pair, Place]], by: Pair | N
     pools = [pool for pool, _, _ in three]
     tile = 1 if count <= FEW_ROWS else ROWS
     _store_rows_kernel[(triton.cdiv(count, tile), heads, len(pairs))](
-        *(tuple(x[i] for x in rows) for i in range(2)), *(by or (None, None)),
+        *(tuple(x[i] for x in rows) for i in range(2)), *_angles(by),
         tuple(x.page for x in places), tuple(x.row for x in places), tuple(x.exists for x in places),
         *(tuple(x[i] for x in pools) for i in range(2)),
         *(tuple(x[i].stride(0) for x in rows) for i in range(2)),
@@ -155,7 +160,7 @@ def _launch_pool(
         for values in ([c.weight for c in compressions], [c.position_embedding for c in compressions])
     )
     _pool_windows_kernel[(count, heads, 2)](
-        (k_new, v_new), tails, tail.page, tail.row, new, is_new, weights, embeddings, *(by or (None, None)),
+        (k_new, v_new), tails, tail.page, tail.row, new, is_new, weights, embeddings, *_angles(by),
         place.page, place.row, place.exists, pools,
         (k_new.stride(0), v_new.stride(0)), tails[0].stride()[:2], tails[1].stride()[:2],
         pools[0].stride()[:2], pools[1].stride()[:2],

@@ -159,6 +159,6 @@ def rotations_of(rotary_emb: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], 
         cos, sin = rotary_emb(like, positions[None])
         # It holds every angle twice, for both halves of the channels.
         half = cos.shape[-1] // 2
-        return Rotation(cos[0, :, :half], sin[0, :, :half])
+        return Rotation(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())
 
     return compute
