@@ -34,8 +34,8 @@ lint: install
 
 # make unit    the tests that need no GPU, then those of Triton's interpreter, which takes a process of its own
 unit: install
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not gpu and not interpreter"
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m interpreter
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "not gpu and not interpreter"
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m interpreter
 
 # make clean   removes the virtual environment and caches
 clean:

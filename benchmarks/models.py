@@ -176,8 +176,34 @@ def measure(name: str, layers: int, length: int, repeats: int, compile_layers: b
     return row
 
 
+def mean_gain(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """How much longer the others take, over all rows."""
+    return {name: round(statistics.mean(row["gain"][name] for row in rows), 3) for name in rows[0]["gain"]}
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """How much longer each variant takes than sparse attention in the KV-outer order."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    rows = report["rows"]
+    for axes, kind in zip(figure.subplots(1, 2, sharey=True), ("train", "prefill"), strict=True):
+        for place, (other, colour) in enumerate(zip(VARIANTS[1:], ("#E69F00", "#0072B2", "#6B7278"), strict=True)):
+            gains = [row["gain"][f"{kind}, over {other}"] for row in rows]
+            bars = axes.bar([x + 0.27 * (place - 1) for x in range(len(rows))], gains, 0.25, color=colour, label=other)
+            axes.bar_label(bars, fmt="%.2f", fontsize=7)
+        axes.axhline(1, color="#333333", lw=0.8)
+        labels = [f"{row['model']}\n{row['tokens'] // 1024}K" for row in rows]
+        axes.set_xticks(range(len(rows)), labels, fontsize=7)
+        axes.set_title("training step" if kind == "train" else "prefill")
+    figure.axes[0].set_ylim(0, 3.2)
+    figure.axes[0].set_ylabel("time over that of NSA, KV-outer")
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
 def main() -> None:
-    """Measures all rows, and writes them as JSON."""
+    """Measures all rows, and writes them as JSON and a plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--lengths", nargs="+", type=int, default=[32768, 65536])
@@ -185,8 +211,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--eager", action="store_true", help="layers are not compiled")
     parser.add_argument("--commit", default=None, help="what to call the commit; by default what git says")
-    parser.add_argument("--output", type=Path, default=None, help="directory of models.json")
+    parser.add_argument("--output", type=Path, default=None, help="directory of models.json and models.png")
+    parser.add_argument("--plot-only", action="store_true", help="draws the JSON again")
     args = parser.parse_args()
+    if args.plot_only:
+        draw(json.loads((args.output / "models.json").read_text()), args.output / "models.png")
+        return
     # A compiled graph names a backend, but its key in the cache does not: another one would be measured.
     torch._functorch.config.enable_autograd_cache = False
     torch._inductor.config.force_disable_caches = True
@@ -197,10 +227,12 @@ def main() -> None:
         for length in args.lengths:
             row = measure(name, args.layers, length, args.repeats, not args.eager, flush)
             report["rows"].append(row)
+            report["mean_gain"] = mean_gain(report["rows"])
             print(json.dumps(row["gain"] | row["relative"]), flush=True)
             if args.output is not None:
                 args.output.mkdir(parents=True, exist_ok=True)
                 (args.output / "models.json").write_text(json.dumps(report, indent=2) + "\n")
+                draw(report, args.output / "models.png")
 
 
 if __name__ == "__main__":
