@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -69,10 +69,12 @@ class TargetDriver:
 
 
 class Compiler:
-    """Compiles launches; what it made once in a process, it remembers."""
+    """Compiles launches."""
+
+    # Of the process: a kernel is compiled once in it, and reported on then, whichever module asks again later.
+    _known: ClassVar[dict[str, Compiled]] = {}
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, cache_dir: Path) -> None:
-        self._known: dict[str, Compiled] = {}
         self._launched: dict[str, Compiled] = {}
         monkeypatch.setenv("TRITON_CACHE_DIR", str(cache_dir))
         # The report of the assembler, which has the spills, is printed where a kernel is compiled.

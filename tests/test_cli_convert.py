@@ -49,6 +49,7 @@ def test_converts_and_warms_up(tmp_path: Path):
     ("arguments", "message"),
     [
         (["--layers", "0-x"], "--layers must be numbers and ranges"),
+        (["--layers", "1-0"], "--layers must be numbers and ranges"),
         (["--layers", "7"], "layers must be"),
         (["--gates", "a,b,c"], "--gates must be three numbers"),
         (["--gates", "0.5,0.5"], "must be a number between 0 and 1 for each"),

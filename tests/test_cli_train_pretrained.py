@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flash_sparse_attention.cli import app
-from flash_sparse_attention.cli.train import _layers
+from flash_sparse_attention.cli.layers import layer_numbers
 from flash_sparse_attention.training import TrainConfig, log
 from flash_sparse_attention.training.checkpoint import read_state
 from pretrained_runs import texts, write_jsonl, write_model
@@ -104,7 +104,7 @@ def test_bad_flags(project, arguments, message):
 
 
 def test_layers():
-    assert _layers("0-3, 7") == [0, 1, 2, 3, 7]
-    for text in ("", "a", "-3", "1-x"):
+    assert layer_numbers("--convert-layers", "0-3, 7") == [0, 1, 2, 3, 7]
+    for text in ("", "a", "-3", "1-x", "3-1"):
         with pytest.raises(ValueError, match="--convert-layers must be"):
-            _layers(text)
+            layer_numbers("--convert-layers", text)

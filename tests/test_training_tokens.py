@@ -270,3 +270,14 @@ class TestPacks:
 
 def test_nothing_is_imported_before_it_is_needed():
     assert not {"pyarrow", "datasets"} & vars(documents).keys()
+
+
+def test_how_a_tokenizer_was_left_does_not_matter(tmp_path):
+    """Training cuts and pads nothing, and saves the tokenizer so; it resumes from what it saved."""
+    transformers = pytest.importorskip("transformers")
+    write_tokenizer(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    plain = Tokenizer(tokenizer, "model").fingerprint
+    tokenizer.backend_tokenizer.enable_truncation(7)
+    tokenizer.backend_tokenizer.enable_padding(length=7)
+    assert Tokenizer(tokenizer, "model").fingerprint == plain

@@ -239,3 +239,50 @@ def test_a_loss_that_is_not_finite():
     with pytest.raises(FloatingPointError, match=r"loss and gradient must be finite, got nan .* lower learning_rate"):
         warm_up(model, BATCHES, steps=3)
     assert all(torch.equal(value, before[name]) or value.isnan().any() for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "qwen2"])
+def test_a_window_of_the_original_is_kept_in_what_is_compared(architecture: str):
+    changes: dict[str, Any] = {"sliding_window": 7}
+    if architecture == "qwen2":
+        changes |= {"use_sliding_window": True, "max_window_layers": 1}
+    base, model = base_model(architecture, **changes), sparse_model(architecture, **changes)
+    ids = tokens_of(2, 40)
+    with matching(model):
+        close(model(ids, use_cache=False).logits, base(ids, use_cache=False).logits)
+
+
+def test_small_steps_reach_weights_of_few_bits():
+    """Half a step between two numbers of bfloat16 is more than one step of the optimizer."""
+    model = sparse_model("llama").to(torch.bfloat16)
+    before = model.model.layers[0].self_attn.o_proj.weight.detach().clone()
+    warm_up(model, BATCHES, steps=40, new_steps=0, attention_learning_rate=5e-5)
+    after = model.model.layers[0].self_attn.o_proj.weight
+    assert after.dtype == torch.bfloat16
+    assert (after != before).float().mean() > 0.2
+    assert all(x.grad is None for x in model.parameters())
+
+
+def test_gradients_are_taken_layer_by_layer(monkeypatch: pytest.MonkeyPatch):
+    """The graph of a layer is gone before the next one is computed."""
+    alive: list[int] = []
+    count = 0
+
+    def forward(layer: Any, *inputs: Any) -> Tensor:
+        nonlocal count
+        alive.append(count)
+        count += 1
+        out = original(layer, *inputs)
+
+        def gone(gradient: Tensor) -> None:
+            nonlocal count
+            count -= 1
+
+        if out.requires_grad:
+            out.register_hook(gone)
+        return out
+
+    original = NSAAttention._forward
+    monkeypatch.setattr(NSAAttention, "_forward", forward)
+    warm_up(sparse_model("llama"), BATCHES, steps=2)
+    assert alive == [0] * 6

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers", minversion="5")
 
-from transformers import AutoModelForCausalLM, DataCollatorWithFlattening
+from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, DynamicCache
 
 from flash_sparse_attention import NSAConfig, SequenceLayout
 from flash_sparse_attention.integrations.transformers import NSAAttention
@@ -55,6 +55,8 @@ def test_when_a_cache_is_kept():
     model.train()
     with pytest.raises(ValueError, match="use_cache must be False in training, got True: what a cache holds has no"):
         model(ids, use_cache=True)
+    with pytest.raises(ValueError, match="use_cache must be False in training"):
+        model(ids, past_key_values=DynamicCache(config=model.config))
     with torch.no_grad():
         assert model(ids).past_key_values is not None
     model.config.use_cache = False

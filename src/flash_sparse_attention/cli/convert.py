@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from ..training.data import DEFAULT_SUFFIXES, TrainingPacks
 from ..training.documents import optional
 from ..training.tokens import Tokenizer, read_tokens
 from ..validation import bad, check_positive
+from .layers import layer_numbers
 
 _NEW, _WARM_UP = "What is new", "Warm-up"
 
@@ -81,6 +81,7 @@ def convert(
 
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise bad("--output", "a new or an empty folder", repr(str(output)), "choose another, or remove it")
+    output.parent.mkdir(parents=True, exist_ok=True)
     check_positive("--warm-up-steps", warm_up_steps, 0)
     if bool(warm_up_steps) != bool(text):
         got = "no --text" if warm_up_steps else "--text alone"
@@ -95,7 +96,7 @@ def convert(
         rope=rope,
     )
     start = integration.START_OF_GATES if gates is None else _numbers(gates)
-    chosen = None if layers is None else _layers(layers)
+    chosen = None if layers is None else layer_numbers("--layers", layers)
     try:
         tokenizer: Any = transformers.AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError, KeyError):
@@ -123,12 +124,16 @@ def convert(
                 learning_rate=learning_rate,
                 on_step=functools.partial(_say, console, warm_up_steps),
             )
+    # Beside its place, so that what is there is whole.
+    unfinished = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=output.parent))
     try:
-        converted.save_pretrained(output)
+        converted.save_pretrained(unfinished)
         if tokenizer is not None:
-            tokenizer.save_pretrained(output)
+            tokenizer.save_pretrained(unfinished)
+        unfinished.chmod(0o755)
+        unfinished.replace(output)
     except BaseException:
-        shutil.rmtree(output, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
     sparse, total = len(converted.config.sparse_layers), converted.config.num_hidden_layers
     console.print(f"{type(converted).__name__}, {sparse} of {total} layers sparse, in {output}")
@@ -148,18 +153,6 @@ def _say(console: Console, steps: int, record: Any) -> None:
     """Twenty lines at the most."""
     if record.step in (1, steps) or record.step % max(1, steps // 20) == 0:
         console.print(f"step {record.step}/{steps}  distance from full attention {record.loss:.4f}")
-
-
-def _layers(text: str) -> list[int]:
-    """The numbers in `0-3,6`."""
-    found: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
-        if match is None:
-            raise bad("--layers", "numbers and ranges such as 0-3,6", repr(text))
-        first = int(match[1])
-        found += range(first, int(match[2] or first) + 1)
-    return found
 
 
 def _numbers(text: str) -> list[float]:

@@ -31,6 +31,7 @@ from ..training.log import StepRecord
 from ..training.parallel import Group
 from ..training.trainer import CURVE_FILE, LOG_FILE, POSITIONS_FILE, RunInfo
 from ..validation import bad
+from .layers import layer_numbers
 
 _RUN, _TEXT, _MODEL, _PRETRAINED = "Run", "Text", "Model", "Model of transformers"
 _SPARSE, _OPTIMIZER, _MACHINE = "Sparse attention", "Optimizer", "Machine"
@@ -221,7 +222,7 @@ def train(
     not_fields = {name: flags.pop(name) for name in ("output", "config", "resume", "overwrite")}
     given = {name: value for name, value in flags.items() if value not in (None, [], ())}
     if convert_layers is not None:
-        given["convert_layers"] = _layers(convert_layers)
+        given["convert_layers"] = layer_numbers("--convert-layers", convert_layers)
     from_file = _read_toml(config) if config is not None else {}
     directory = not_fields["output"] or Path("runs", _name(given, from_file))
     base = TrainConfig()
@@ -272,21 +273,6 @@ def _name(flags: Mapping[str, Any], from_file: Mapping[str, Any]) -> str:
     if isinstance(pretrained, str) and pretrained:
         return Path(pretrained).expanduser().absolute().name
     return flags.get("attention") or _attention(from_file) or "nsa"
-
-
-def _layers(text: str) -> list[int]:
-    """Numbers and ranges of numbers, both ends included.
-
-    >>> _layers("0-3,7")
-    [0, 1, 2, 3, 7]
-    """
-    found: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or not (last.isdecimal() if dash else not last):
-            raise bad("--convert-layers", "numbers and ranges, as 0-11,20", repr(text))
-        found += range(int(first), int(last or first) + 1)
-    return found
 
 
 def _attention(values: Mapping[str, Any]) -> str | None:

@@ -18,9 +18,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from ..config import NSAConfig
 from ..geometry import Interval
+from ..nn import Compressor
 
 # Peak of dense bf16 products, FLOP/s: vendors' data sheets. The first name that the device's contains counts.
 _BF16_PEAKS = (
@@ -90,6 +92,13 @@ class ModelCost:
             count * layer.channels * layer.visible_keys(length) for layer, count in layers.items() for length in lengths
         )
         return 6.0 * self.weights * sum(lengths) + 12.0 * pairs
+
+
+def unused_weights(model: nn.Module) -> int:
+    """Numbers of compressors that are not there for every token: a window comes every `kernel_stride` tokens."""
+    compressors = [module for module in model.modules() if isinstance(module, Compressor)]
+    sizes = [(sum(x.numel() for x in one.parameters() if x.requires_grad), one.kernel_stride) for one in compressors]
+    return sum(numbers - numbers // stride for numbers, stride in sizes)
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..validation import bad
@@ -120,12 +120,6 @@ class Group:
         for layer in layers:
             fully_shard(layer, **options)
         fully_shard(model, **options)
-
-
-def sync_gradients(model: nn.Module, whether: bool) -> None:
-    """Whether the next backward pass sums gradients over the processes; those of passes without are kept for it."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(whether)
 
 
 def whole(tensor: Tensor, keep: bool = True) -> Tensor | None:

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as computed_again
 
 from ..config import NSAConfig
+from ..nn import Compressor, NativeSparseAttention
 from ..types import SequenceLayout
 from ..validation import bad
 from .config import TrainConfig
 from .data import Corpus, Pack
 from .documents import optional
-from .flops import AttentionCost, ModelCost
+from .flops import AttentionCost, ModelCost, unused_weights
 from .tasks import Task
 from .tokens import Tokenizer, read_tokens
 
@@ -140,9 +141,10 @@ class TransformersTask(Task):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(config.seed)
                 model = self._convert(model)
-        for module in model.modules():
-            if hasattr(module, "impl") and _nsa_in(module) is not None:
-                module.impl = config.impl
+        if config.impl != "auto":
+            for module in model.modules():
+                if isinstance(module, (NativeSparseAttention, Compressor)):
+                    module.impl = config.impl
         largest, known = max(max_token, self.tokenizer.beginning), model.get_input_embeddings().num_embeddings
         if largest >= known:
             expected = f"a model with embeddings for all tokens of the text, up to {largest}"
@@ -176,7 +178,8 @@ class TransformersTask(Task):
         table = causal.get_input_embeddings().weight
         tied = causal.get_output_embeddings().weight is table
         trained = sum(x.numel() for x in causal.parameters() if x.requires_grad)
-        return ModelCost(trained - (0 if tied or not table.requires_grad else table.numel()), tuple(attention))
+        lookup = 0 if tied or not table.requires_grad else table.numel()
+        return ModelCost(trained - lookup - unused_weights(causal), tuple(attention))
 
     def saved(self, model: nn.Module) -> nn.Module:
         assert isinstance(model, PackedCausalLM)

@@ -19,7 +19,7 @@ from ..nn import LanguageModel
 from .checkpoint import MODEL_FILE, load_weights
 from .config import TrainConfig
 from .data import END_OF_TEXT, Corpus, Pack, byte_unigram_entropy, read_corpus
-from .flops import AttentionCost, ModelCost
+from .flops import AttentionCost, ModelCost, unused_weights
 
 
 class Task(abc.ABC):
@@ -128,7 +128,8 @@ class ByteTask(Task):
         nsa = sizes.nsa if sizes.attention == "nsa" else None
         lookup = 0 if sizes.tie_embeddings else model.embed_tokens.weight.numel()
         layer = AttentionCost(sizes.num_heads * sizes.head_dim, nsa)
-        return ModelCost(model.num_parameters() - lookup, (layer,) * sizes.num_layers)
+        weights = model.num_parameters() - lookup - unused_weights(model)
+        return ModelCost(weights, (layer,) * sizes.num_layers)
 
     def num_bytes(self, targets: Tensor) -> int | None:
         return int((targets != END_OF_TEXT).sum())

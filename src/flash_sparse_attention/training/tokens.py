@@ -87,6 +87,10 @@ class Tokenizer:
         # The largest token, which need not be the last.
         self.max_token = max(tokenizer.get_vocab().values())
         backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is not None:
+            # What was left on when the tokenizer was saved, is off in training, and is saved off with checkpoints.
+            backend.no_truncation()
+            backend.no_padding()
         rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
         self.fingerprint = _hash(rules, self.end, self.beginning)
 

@@ -41,7 +41,7 @@ from .data import Corpus, TrainingPacks, held_out_packs
 from .evaluation import Evaluation, autocast, evaluate_packs
 from .files import replaced
 from .flops import peak_flops
-from .parallel import Group, local, sync_gradients
+from .parallel import Group, local
 from .pretrained import TransformersTask, nsa_of
 from .tasks import ByteTask, Task
 
@@ -316,13 +316,12 @@ class Trainer:
         tokens = config.batch_size * config.sequence_length
         loss = torch.zeros((), device=self.device)
         flops = 0.0
-        for index in (own := self.group.share(range((step - 1) * config.batch_size, step * config.batch_size))):
+        for index in self.group.share(range((step - 1) * config.batch_size, step * config.batch_size)):
             pack = self.packs.pack(index).to(self.device)
             flops += self._cost.training_flops(pack.layout.lengths)
-            sync_gradients(self.model, index == own[-1])
             with autocast(self.device, self.autocast_dtype):
                 part = self.task.loss_sum(self.model, pack) / tokens
-            # `fully_shard` takes the mean over the processes.
+            # `fully_shard` takes the mean over the processes, with every pack: gradients that wait are not sharded.
             (part * self.group.size).backward()
             loss += part.detach()
         sums = self.group.sum(torch.stack([loss.double(), torch.full_like(loss, flops, dtype=torch.float64)]))

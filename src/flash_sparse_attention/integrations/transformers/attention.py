@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...config import NSAConfig
+from ...functional import sliding_window_attention
 from ...nn import NativeSparseAttention
 from ...nn.attention import BranchGate
 from ...nn.causal_attention import causal_attention
@@ -69,6 +70,10 @@ class NSAAttention(NativeSparseAttention):
                 module = _repeated(module, self.num_kv_pairs)
             setattr(self, name, module)
         self.layer_idx = layer_idx
+        # Of the full attention, for what it is compared with; sparse attention has a window of its own.
+        self.full_window: int | None = getattr(
+            full, "sliding_window", getattr(getattr(full, "config", None), "sliding_window", None)
+        )
         heads_of_gates = heads if config.gate == "per_head" else 1
         self.branch_gate_proj = BranchGate(
             self.hidden_size, heads_of_gates, gates, device=weight.device, dtype=weight.dtype
@@ -113,7 +118,17 @@ class NSAAttention(NativeSparseAttention):
         q, k, v = self._heads(hidden)
         pair = self.num_kv_pairs // 2
         q, k = (rotate(x, inputs.rotary.tokens) for x in (q, k[:, pair]))
-        return self.o_proj(causal_attention(q, k, v[:, pair], inputs.layout, self.softmax_scale).flatten(1))
+        if self.full_window is None:
+            out = causal_attention(q, k, v[:, pair], inputs.layout, self.softmax_scale)
+        else:
+            options: dict[str, Any] = {
+                "cu_seqlens": inputs.layout,
+                "softmax_scale": self.softmax_scale,
+                "impl": self.impl,
+            }
+            with torch.autocast(hidden.device.type, enabled=False):
+                out = sliding_window_attention(q, k, v[:, pair], window_size=self.full_window, **options).out
+        return self.o_proj(out.flatten(1))
 
 
 def check_full_attention(full: nn.Module) -> dict[str, Any]:

@@ -32,6 +32,7 @@ class SparseCaches:
     Attributes:
         columns: tokens of each row that were read, padding counted.
         batch: rows, 0 before the first.
+        dtype: of keys and values, or None for that of the layers' own weights.
         extending: whether new tokens are being read.
     """
 
@@ -45,6 +46,7 @@ class SparseCaches:
         self.layers, self.capacity = list(layers), capacity
         self.columns = self.batch = 0
         self.extending = False
+        self.dtype: torch.dtype | None = None
         self._make = make
         self._places: dict[torch.device, list[int]] = {}
         for layer, device in zip(layers, devices, strict=True):

@@ -85,7 +85,11 @@ def convert(
     classes = sparse_classes(model_type)
     if type(model) is not classes.causal_lm.__bases__[1]:
         raise bad("model_or_path", f"a {classes.causal_lm.__bases__[1].__name__}", type(model).__name__)
-    options: dict[str, Any] = {"impl": impl, "loop_order": loop_order, "recompute": list(recompute)}
+    options: dict[str, Any] = {
+        "impl": impl,
+        "loop_order": loop_order,
+        "recompute": [recompute] if isinstance(recompute, str) else list(recompute),
+    }
     options = {name: value for name, value in options.items() if value not in ("auto", [])}
     config = _config(model.config, classes, nsa, layers, gates, options)
     decoder = getattr(model, model.base_model_prefix)
@@ -158,7 +162,7 @@ def _check_same(decoder: Any, number: int, full: Any, attention: NSAAttention) -
     try:
         inputs = SparseInputs(layout, None, Rotary(compute(layout.positions()), compute))
         ours = attention.full_attention(hidden[0], inputs)
-        theirs = _eager(decoder, full, hidden, layout.positions()[None])
+        theirs = _eager(decoder, full, hidden, layout.positions()[None], attention.full_window or tokens)
     except (TypeError, RuntimeError, ValueError) as error:
         raise bad("model", "with the attention of Llama", f"another one in layer {number} ({error})") from error
     error_size = (ours.double() - theirs.double()).norm() / theirs.double().norm()
@@ -167,10 +171,11 @@ def _check_same(decoder: Any, number: int, full: Any, attention: NSAAttention) -
         raise bad("model", "with the attention of Llama, Mistral, Qwen2 or Qwen3", got)
 
 
-def _eager(decoder: Any, full: Any, hidden: Tensor, positions: Tensor) -> Tensor:
-    """What the attention of a decoder makes of tokens that see those before them."""
+def _eager(decoder: Any, full: Any, hidden: Tensor, positions: Tensor, window: int) -> Tensor:
+    """What the attention of a decoder makes of tokens that see so many up to themselves."""
     tokens = hidden.shape[1]
-    mask = hidden.new_full((tokens, tokens), torch.finfo(hidden.dtype).min).triu(1)
+    unseen = hidden.new_full((tokens, tokens), torch.finfo(hidden.dtype).min)
+    mask = unseen.triu(1) + unseen.tril(-window)
     config, training = full.config, full.training
     before = config._attn_implementation
     try:

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ...validation import bad, check_choice, check_positive
 from .attention import NSAAttention
@@ -43,6 +44,8 @@ class Matching:
 
     def __init__(self, model: nn.Module, layers: dict[str, NSAAttention], trained: Trained) -> None:
         self.model, self.layers = model, layers
+        # Layers do not depend on each other: the gradient of one can be taken before the next is computed.
+        self.takes_gradients = False
         self.new_parameters: list[nn.Parameter] = []
         self.attention_parameters: list[nn.Parameter] = []
         self._losses: dict[int, Tensor] = {}
@@ -76,7 +79,11 @@ class Matching:
         with torch.enable_grad():
             sparse = layer._forward(hidden, inputs.layout, inputs.rotary, None)
             scale = full.float().square().sum().clamp(min=torch.finfo(torch.float32).tiny)
-            self._losses[id(layer)] = (sparse.float() - full.float()).square().sum() / scale
+            loss = (sparse.float() - full.float()).square().sum() / scale
+            if self.takes_gradients:
+                (loss / len(self.layers)).backward()
+                loss = loss.detach()
+        self._losses[id(layer)] = loss
         return full
 
 
@@ -94,7 +101,7 @@ def matching(model: nn.Module, trained: Trained = "new") -> Iterator[Matching]:
         gradients meanwhile.
 
     Raises:
-        ValueError: for a model without sparse layers.
+        ValueError: for a model without sparse layers, or one that is sharded.
 
     Example:
         >>> with matching(model) as match:  # doctest: +SKIP
@@ -106,6 +113,9 @@ def matching(model: nn.Module, trained: Trained = "new") -> Iterator[Matching]:
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, NSAAttention)}
     if not layers:
         raise bad("model", "one with sparse layers", type(model).__name__, "convert makes one")
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        # Weights that were gathered for a layer are gone when its loss is differentiated.
+        raise bad("model", "whole on one device", "one that is sharded", "warm it up before it is sharded")
     match = Matching(model, layers, trained)
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.requires_grad_(False)
@@ -136,7 +146,8 @@ def warm_up(
     """Trains a converted model's sparse layers to give what full attention gives.
 
     First gates and compressors alone, then the projections of these layers with them. The learning rate falls to zero
-    in a straight line over all steps. AdamW without weight decay.
+    in a straight line over all steps. AdamW without weight decay, on float32 copies of what has less. Gradients are
+    taken layer by layer, so no more than one layer's activations are kept.
 
     Args:
         model: with sparse layers; its other parameters stay as they are.
@@ -166,9 +177,11 @@ def warm_up(
             if not numbers:
                 continue
             with matching(model, trained) as match:
-                groups: list[dict[str, Any]] = [{"params": match.new_parameters}]
+                match.takes_gradients = True
+                masters = _Masters(match.parameters)
+                groups: list[dict[str, Any]] = [{"params": masters.of(match.new_parameters)}]
                 if match.attention_parameters:
-                    groups.append({"params": match.attention_parameters})
+                    groups.append({"params": masters.of(match.attention_parameters)})
                 optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
                 for number in numbers:
                     for group, rate in zip(
@@ -176,17 +189,15 @@ def warm_up(
                     ):
                         group["lr"] = rate * (1 - number / steps)
                     losses = match(**next(source))
-                    loss = losses.mean()
-                    optimizer.zero_grad()
-                    loss.backward()
-                    norm = nn.utils.clip_grad_norm_(match.parameters, max_grad_norm)
-                    record = WarmUpRecord(number + 1, loss.item(), tuple(losses.tolist()))
+                    norm = nn.utils.clip_grad_norm_(masters.with_gradients(), max_grad_norm)
+                    record = WarmUpRecord(number + 1, losses.mean().item(), tuple(losses.tolist()))
                     if not (math.isfinite(record.loss) and norm.isfinite()):
                         raise FloatingPointError(
                             f"loss and gradient must be finite, got {record.loss} and {norm.item()} at step "
                             f"{number + 1}: lower learning_rate, which is {learning_rate}"
                         )
                     optimizer.step()
+                    masters.write()
                     # Within autocast, weights that were cast would be taken for those of the next step.
                     torch.clear_autocast_cache()
                     records.append(record)
@@ -196,6 +207,36 @@ def warm_up(
         model.train(training)
         model.zero_grad()
     return records
+
+
+class _Masters:
+    """Parameters in float32, where steps as small as those of a warm-up do not round to nothing."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self._pairs = {
+            id(own): (own, own if own.dtype in (torch.float32, torch.float64) else nn.Parameter(own.detach().float()))
+            for own in parameters
+        }
+
+    def of(self, parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Those of these parameters."""
+        return [self._pairs[id(own)][1] for own in parameters]
+
+    def with_gradients(self) -> list[nn.Parameter]:
+        """All of them, with the gradients of the parameters; each is handed over once."""
+        for own, master in self._pairs.values():
+            if master is not own:
+                master.grad = None if own.grad is None else own.grad.float()
+                own.grad = None
+        return [master for _, master in self._pairs.values()]
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Gives the parameters their new values, and takes the gradients away."""
+        for own, master in self._pairs.values():
+            if master is not own:
+                own.copy_(master)
+            master.grad = None
 
 
 @contextlib.contextmanager

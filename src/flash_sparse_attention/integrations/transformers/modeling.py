@@ -2,7 +2,7 @@
 
 A class for each architecture, made from transformers' own by `sparse_classes`, and not one class around any model: the
 result *is* a `LlamaForCausalLM`, with its modules and the names of its parameters, so that what works with Llama
-(PEFT, Trainer, device maps, quantised linear layers, other people's code) works with it. Nothing of transformers is
+(PEFT, Trainer, device maps, other people's code) works with it. Nothing of transformers is
 changed: a layer's `self_attn` is another module, and the decoder's `forward` prepares what it needs.
 """
 
@@ -104,11 +104,12 @@ class SparseDecoder(_SparseWeights):
             # Evaluation of packs, where nobody asks for a cache.
             if use_cache and past_key_values is None:
                 use_cache = not is_packed(attention_mask, position_ids, layout, bounds)
-        if use_cache and self.training and torch.is_grad_enabled():  # type: ignore[attr-defined]
+        cached = use_cache or past_key_values is not None
+        if cached and self.training and torch.is_grad_enabled():  # type: ignore[attr-defined]
             raise bad("use_cache", "False in training", True, "what a cache holds has no gradients")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
-        caches = None if past_key_values is None else self.sparse_caches(past_key_values)
+        caches = None if past_key_values is None else self.sparse_caches(past_key_values, inputs_embeds)
         past = None if caches is None else caches.columns
         rows, columns = inputs_embeds.shape[:2]
         packed, tokens = layout_of(
@@ -146,19 +147,29 @@ class SparseDecoder(_SparseWeights):
             )
         return output if caches is None or tokens is None else _with_last_repeated(output, tokens)
 
-    def sparse_caches(self, cache: Any) -> SparseCaches:
-        """What the sparse layers keep in this cache, which they take over if it is empty."""
+    def sparse_caches(self, cache: Any, inputs_embeds: Tensor | None = None) -> SparseCaches:
+        """What the sparse layers keep in this cache, which they take over if it is empty.
+
+        Keys are in autocast's dtype, or in that of the embeddings, where they are known before the first tokens:
+        weights that are sharded may have another one while they are not gathered.
+        """
         config, layers = self.config, self.layers  # type: ignore[attr-defined]
         sparse = [layers[number].self_attn for number in config.sparse_layers]
 
         def make_one(device: torch.device, numbers: Sequence[int], batch: int, capacity: int | None) -> Any:
             first = layers[numbers[0]].self_attn
-            return first.new_cache(batch, capacity, num_layers=len(numbers), rotary=True, device=device)
+            options: dict[str, Any] = {"num_layers": len(numbers), "rotary": True, "device": device}
+            if caches.dtype is not None:
+                options["dtype"] = caches.dtype
+            return first.new_cache(batch, capacity, **options)
 
         def make(capacity: int | None) -> SparseCaches:
             return SparseCaches(config.sparse_layers, make_one, [_device(layer) for layer in sparse], capacity)
 
-        return adopt(cache, config.num_hidden_layers, make)
+        caches = adopt(cache, config.num_hidden_layers, make)
+        if inputs_embeds is not None and not torch.is_autocast_enabled(inputs_embeds.device.type):
+            caches.dtype = inputs_embeds.dtype
+        return caches
 
 
 class SparseCausalLM(_SparseWeights):
