@@ -60,6 +60,13 @@ class _SparseWeights:
 class SparseDecoder(_SparseWeights):
     """The part of a decoder that knows of sparse layers; stands before transformers' model among the base classes."""
 
+    # Of transformers' model.
+    config: Any
+    layers: Any
+    rotary_emb: Any
+    training: bool
+    get_input_embeddings: Any
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         make_sparse(self)
@@ -96,8 +103,8 @@ class SparseDecoder(_SparseWeights):
         if (input_ids is None) == (inputs_embeds is None):
             raise bad("input_ids", "given, or else inputs_embeds", "none of them" if input_ids is None else "both")
         if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
-        config = self.config  # type: ignore[attr-defined]
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        config = self.config
         bounds = kwargs.get("cu_seq_lens_q")
         if use_cache is None:
             use_cache = config.use_cache and not torch.is_grad_enabled()
@@ -105,7 +112,7 @@ class SparseDecoder(_SparseWeights):
             if use_cache and past_key_values is None:
                 use_cache = not is_packed(attention_mask, position_ids, layout, bounds)
         cached = use_cache or past_key_values is not None
-        if cached and self.training and torch.is_grad_enabled():  # type: ignore[attr-defined]
+        if cached and self.training and torch.is_grad_enabled():
             raise bad("use_cache", "False in training", True, "what a cache holds has no gradients")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=config)
@@ -130,7 +137,7 @@ class SparseDecoder(_SparseWeights):
         if len(config.sparse_layers) == config.num_hidden_layers:
             # Nobody reads a mask: transformers passes on what has four dimensions, and makes none.
             attention_mask = torch.empty(1, 1, 1, 1, device=inputs_embeds.device)
-        compute = rotations_of(self.rotary_emb, inputs_embeds.dtype)  # type: ignore[attr-defined]
+        compute = rotations_of(self.rotary_emb, inputs_embeds.dtype)
         with contextlib.ExitStack() as stack:
             if caches is not None:
                 positions = stack.enter_context(caches.extend(packed, columns)).to(inputs_embeds.device)
@@ -153,7 +160,7 @@ class SparseDecoder(_SparseWeights):
         Keys are in autocast's dtype, or in that of the embeddings, where they are known before the first tokens:
         weights that are sharded may have another one while they are not gathered.
         """
-        config, layers = self.config, self.layers  # type: ignore[attr-defined]
+        config, layers = self.config, self.layers
         sparse = [layers[number].self_attn for number in config.sparse_layers]
 
         def make_one(device: torch.device, numbers: Sequence[int], batch: int, capacity: int | None) -> Any:
@@ -175,6 +182,9 @@ class SparseDecoder(_SparseWeights):
 class SparseCausalLM(_SparseWeights):
     """The part of a language model that knows of sparse layers; stands before transformers' among the base classes."""
 
+    # Of transformers' model.
+    base_model_prefix: str
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
         as_sparse_decoder(self)
@@ -187,7 +197,7 @@ class SparseCausalLM(_SparseWeights):
             generation_config, model_kwargs, *args, **kwargs
         )
         if model_kwargs.get("past_key_values") is not None:
-            decoder = getattr(self, self.base_model_prefix)  # type: ignore[attr-defined]
+            decoder = getattr(self, self.base_model_prefix)
             decoder.sparse_caches(model_kwargs["past_key_values"])
         return prepared
 
