@@ -298,6 +298,15 @@ class TestRun:
         assert 1 <= graphs["unique_graphs"] <= 2
 
 
+def test_a_run_does_not_replace_what_it_begins_with(tmp_path, models, corpus):
+    config = tiny_config(models["llama"], corpus, steps=2)
+    first = train(config, tmp_path / "run").checkpoint
+    with pytest.raises(ValueError, match="pretrained must be outside of the run that is replaced"):
+        train(tiny_config(first, corpus, steps=2), tmp_path / "run", overwrite=True)
+    assert first.is_dir()
+    assert train(config, tmp_path / "run", overwrite=True).step == 2
+
+
 class TestConversion:
     def test_of_all_layers_with_its_own_sizes(self, tmp_path, models, corpus, conversion):
         config = tiny_config(models["llama"], corpus, convert=True)

@@ -194,7 +194,7 @@ class Trainer:
         self.autocast_dtype = config.autocast_dtype(self.device)
         self._board: log.Board | None = None
         self._overwrite = overwrite
-        begun_from = _check_output(self.output, resume, overwrite)
+        begun_from = _check_output(self.output, resume, overwrite, config.pretrained)
         self.task = _task(config, begun_from)
 
         # Before the processes meet, where those that wait for the text would run out of time.
@@ -461,11 +461,14 @@ def _optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> t
     )
 
 
-def _check_output(output: Path, resume: bool, overwrite: bool) -> Path | None:
+def _check_output(output: Path, resume: bool, overwrite: bool, pretrained: str | None) -> Path | None:
     """The checkpoint to continue from, or None to start."""
     if resume and overwrite:
         raise bad("resume and overwrite", "not both set", "both", "continue the run or replace it")
     found = checkpoints.checkpoints(output)
+    if overwrite and pretrained and Path(pretrained).expanduser().resolve().is_relative_to(output.resolve()):
+        cure = "choose another --output"
+        raise bad("pretrained", "outside of the run that is replaced", repr(pretrained), cure)
     if resume:
         if not found:
             raise bad(
