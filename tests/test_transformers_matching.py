@@ -286,3 +286,13 @@ def test_gradients_are_taken_layer_by_layer(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(NSAAttention, "_forward", forward)
     warm_up(sparse_model("llama"), BATCHES, steps=2)
     assert alive == [0] * 6
+
+
+def test_gradients_that_were_there_do_not_count():
+    models = [sparse_model("llama") for _ in range(2)]
+    for parameter in models[1].parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for model in models:
+        warm_up(model, BATCHES, steps=2, new_steps=1)
+    for name, value in models[0].state_dict().items():
+        assert torch.equal(value, models[1].state_dict()[name]), name

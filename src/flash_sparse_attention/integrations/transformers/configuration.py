@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...config import NSAConfig
 from ...functional import RECOMPUTE
@@ -52,6 +52,9 @@ class SparseFields:
         ValueError: on construction, for values that the layers do not take.
     """
 
+    if TYPE_CHECKING:  # a field of the base model's configuration, and not of this class
+        num_hidden_layers: int
+
     nsa: dict[str, Any] | None = None
     nsa_layers: list[int] | None = None
     nsa_gates: list[float] = field(default_factory=lambda: list(START_OF_GATES))
@@ -60,7 +63,7 @@ class SparseFields:
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.nsa = (conversion_config() if self.nsa is None else NSAConfig.from_dict(self.nsa)).to_dict()
-        count = self.num_hidden_layers  # type: ignore[attr-defined]
+        count = self.num_hidden_layers
         if self.nsa_layers is not None:
             self.nsa_layers = check_layers(self.nsa_layers, count)
         if len(self.nsa_gates) != len(BRANCHES) or not all(0 < x < 1 for x in self.nsa_gates):
@@ -78,7 +81,7 @@ class SparseFields:
     @property
     def sparse_layers(self) -> list[int]:
         """Numbers of the layers with sparse attention."""
-        count = self.num_hidden_layers  # type: ignore[attr-defined]
+        count = self.num_hidden_layers
         return list(range(count)) if self.nsa_layers is None else list(self.nsa_layers)
 
 

@@ -171,6 +171,8 @@ def warm_up(
     source, records = _forever(batches), []
     training = model.training
     model.eval()
+    # Gradients of something else would be taken for the first step's.
+    model.zero_grad()
     try:
         stages: list[tuple[Trained, range]] = [("new", range(new_steps)), ("attention", range(new_steps, steps))]
         for trained, numbers in stages:
@@ -179,15 +181,16 @@ def warm_up(
             with matching(model, trained) as match:
                 match.takes_gradients = True
                 masters = _Masters(match.parameters)
-                groups: list[dict[str, Any]] = [{"params": masters.of(match.new_parameters)}]
+                groups: list[dict[str, Any]] = [
+                    {"params": masters.of(match.new_parameters), "initial_lr": learning_rate}
+                ]
                 if match.attention_parameters:
-                    groups.append({"params": masters.of(match.attention_parameters)})
+                    attention = masters.of(match.attention_parameters)
+                    groups.append({"params": attention, "initial_lr": attention_learning_rate})
                 optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
                 for number in numbers:
-                    for group, rate in zip(
-                        optimizer.param_groups, (learning_rate, attention_learning_rate), strict=False
-                    ):
-                        group["lr"] = rate * (1 - number / steps)
+                    for group in optimizer.param_groups:
+                        group["lr"] = group["initial_lr"] * (1 - number / steps)
                     losses = match(**next(source))
                     norm = nn.utils.clip_grad_norm_(masters.with_gradients(), max_grad_norm)
                     record = WarmUpRecord(number + 1, losses.mean().item(), tuple(losses.tolist()))
