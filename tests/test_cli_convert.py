@@ -28,11 +28,13 @@ def run(*arguments: object) -> object:
 def test_converts_and_warms_up(tmp_path: Path):
     model, corpus = write_model(tmp_path / "model"), write_jsonl(tmp_path / "corpus.jsonl", texts())
     output = tmp_path / "sparse"
+    output.mkdir()
     warm_up = ["--warm-up-steps", 3, "--new-steps", 2, "--text", corpus, "--sequence-length", 64]
     result = run(model, "--output", output, "--layers", "0", "--gates", "0.1,0.6,0.3", *SIZES, *warm_up)
     assert result.exit_code == 0, result.output
     assert "step 3/3" in result.output
     assert "1 of 2 layers sparse" in result.output
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "corpus.jsonl", "sparse"}
     loaded = AutoModelForCausalLM.from_pretrained(output)
     assert loaded.config.sparse_layers == [0]
     assert loaded.config.nsa_config.window_size == 16

@@ -65,11 +65,7 @@ def work(rank: int, root: str, size: int) -> None:
 
 
 def integrated(folder: Path, place: str) -> None:
-    """A converted model, where the conversion is there."""
-    try:
-        import flash_sparse_attention.integrations.transformers  # noqa: F401
-    except ModuleNotFoundError:
-        return
+    """A converted model."""
     sizes = {"kernel_size": 8, "kernel_stride": 4, "block_size": 8, "num_selected_blocks": 4, "window_size": 16}
     train(configs(folder)["pretrained"].replace(convert=True, nsa=sizes), folder / place / "converted")
 
