@@ -1,0 +1,169 @@
+"""Times of runs, taken in turn.
+
+Runs that are compared are interleaved, so that clocks that fall or rise while they run touch all of them alike. Before
+each run of a GPU 4 GiB are written: no cache holds its inputs, and all of its launches are queued when it begins, so
+that the time is the device's. What a run allocates, PyTorch's allocator has kept from the runs before.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .results import Timing
+
+Run = Callable[[], object]
+
+METHOD = {
+    "cuda": (
+        "Times are of CUDA events about the launches of a call; the median of the runs and the quartiles are given.",
+        "Before each run 4 GiB are written, so that no cache holds the inputs and all launches are queued.",
+        "All variants of a case are run in turn, after a warm-up of each by time; compilation is timed apart.",
+        "Each variant is checked against the reference on the same inputs first; without that it gets no time.",
+        "Clocks and power are read and never set.",
+    ),
+    "cpu": (
+        "Times are of the wall clock; the median of the runs and the quartiles are given.",
+        "Before each run 256 MiB are written, so that no cache holds the inputs.",
+        "All variants of a case are run in turn, after a warm-up of each.",
+        "Each variant is checked against the reference on the same inputs first; without that it gets no time.",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure.
+
+    Attributes:
+        warm_up_ms: of runs of each variant before any counts, one at the least.
+        target_ms: of runs of each variant that count.
+        min_repeats, max_repeats: that many at the least and at the most.
+    """
+
+    warm_up_ms: float = 200.0
+    target_ms: float = 400.0
+    min_repeats: int = 5
+    max_repeats: int = 30
+
+    @classmethod
+    def quick(cls) -> Effort:
+        """Enough to see that all works, and roughly how fast."""
+        return cls(warm_up_ms=20.0, target_ms=50.0, min_repeats=3, max_repeats=5)
+
+    def repeats(self, ms: float) -> int:
+        """Number of runs that count of what takes so long.
+
+        >>> Effort().repeats(100.0), Effort().repeats(1.0), Effort().repeats(20.0)
+        (5, 30, 20)
+        """
+        wanted = self.max_repeats if ms <= 0 else int(self.target_ms / ms)
+        return min(max(wanted, self.min_repeats), self.max_repeats)
+
+
+class Clock(Protocol):
+    """Takes the time of a run."""
+
+    def ms(self, run: Run) -> float:
+        """Milliseconds of one run."""
+
+
+class CudaClock:
+    """CUDA events, behind a write that is larger than all caches."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._flush = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+
+    def ms(self, run: Run) -> float:
+        """Milliseconds of the device from the first to the last launch of the run."""
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(self._device):
+            for _ in range(4):
+                self._flush.zero_()
+            start.record()
+            run()
+            stop.record()
+            stop.synchronize()
+        return start.elapsed_time(stop)
+
+
+class CpuClock:
+    """The wall clock, behind a write that is larger than most caches."""
+
+    def __init__(self) -> None:
+        self._flush = torch.empty(1 << 28, dtype=torch.uint8)
+
+    def ms(self, run: Run) -> float:
+        """Milliseconds of the run."""
+        self._flush.zero_()
+        begin = time.perf_counter()
+        run()
+        return 1000 * (time.perf_counter() - begin)
+
+
+def clock_of(device: torch.device) -> Clock:
+    """The clock of a device."""
+    return CudaClock(device) if device.type == "cuda" else CpuClock()
+
+
+def interleaved(runs: Mapping[str, Run], clock: Clock, effort: Effort) -> dict[str, Timing]:
+    """The times of runs, taken in turn until each was run as often as `effort` wants.
+
+    Runs that take long are done less often than short ones, spread over the whole time.
+
+    Returns:
+        The timing of each, by name.
+    """
+    wanted: dict[str, int] = {}
+    for name, run in runs.items():
+        taken = clock.ms(run)
+        spent = taken
+        while spent < effort.warm_up_ms:
+            taken = clock.ms(run)
+            # What takes no time at all must not be warmed up forever.
+            spent += max(taken, 0.05)
+        wanted[name] = effort.repeats(taken)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    rounds = max(wanted.values(), default=0)
+    for number in range(rounds):
+        for name, run in runs.items():
+            # Evenly spread: the i-th run of this one is due in round i * rounds / wanted.
+            if len(times[name]) * rounds <= number * wanted[name] and len(times[name]) < wanted[name]:
+                times[name].append(clock.ms(run))
+    return {name: timing(ms) for name, ms in times.items()}
+
+
+def timing(ms: list[float]) -> Timing:
+    """Median and quartiles of some times.
+
+    >>> timing([1.0, 2.0, 3.0, 4.0, 5.0])
+    Timing(median=3.0, first_quartile=2.0, third_quartile=4.0, repeats=5)
+    """
+    first, median, third = statistics.quantiles(ms, n=4, method="inclusive") if len(ms) > 1 else (ms[0],) * 3
+    return Timing(median, first, third, len(ms))
+
+
+def first_run_s(run: Run, device: torch.device) -> float:
+    """Seconds of a run on the wall clock, with all that it compiles."""
+    begin = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for a device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def backward_of(out: Tensor, leaves: tuple[Tensor, ...], d_out: Tensor) -> Callable[[], Any]:
+    """A run of the backward pass of `out`, which can be done again and again."""
+    return lambda: torch.autograd.grad(out, leaves, d_out, retain_graph=True)
