@@ -96,7 +96,7 @@ def whole_by_fla(shape: Shape) -> Callable[[Tensor, Tensor, Tensor, Tensor], Ten
     Its compressed tokens are means of whole blocks, which the preset `fla` of `NSAConfig` has as well.
     """
     parallel_nsa = _fla(shape)
-    window = shape.nsa.window_size if importlib.util.find_spec("flash_attn") is not None else 0
+    window = shape.nsa.window_size if has_flash_attn() else 0
 
     def attend(q: Tensor, k: Tensor, v: Tensor, gates: Tensor) -> Tensor:
         options = {"block_counts": shape.nsa.num_selected_blocks, "block_size": shape.nsa.block_size}
@@ -105,6 +105,11 @@ def whole_by_fla(shape: Shape) -> Callable[[Tensor, Tensor, Tensor, Tensor], Ten
         return parallel_nsa(*batch, window_size=window, **options)[0]
 
     return attend
+
+
+def has_flash_attn() -> bool:
+    """Whether flash-attn is there, which flash-linear-attention takes for its windows."""
+    return _importable("flash_attn")
 
 
 def versions(device: torch.device, shape: Shape) -> dict[str, str]:

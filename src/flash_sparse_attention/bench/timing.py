@@ -45,26 +45,29 @@ class Effort:
         warm_up_ms: of runs of each variant before any counts, one at the least.
         target_ms: of runs of each variant that count.
         min_repeats, max_repeats: that many at the least and at the most.
+        limit_ms: what takes so long that even the fewest runs would exceed it is run less often, twice at the least.
     """
 
     warm_up_ms: float = 200.0
     target_ms: float = 400.0
     min_repeats: int = 5
     max_repeats: int = 30
+    limit_ms: float = 15000.0
 
     @classmethod
     def quick(cls) -> Effort:
         """Enough to see that all works, and roughly how fast."""
-        return cls(warm_up_ms=20.0, target_ms=50.0, min_repeats=3, max_repeats=5)
+        return cls(warm_up_ms=20.0, target_ms=50.0, min_repeats=3, max_repeats=5, limit_ms=3000.0)
 
     def repeats(self, ms: float) -> int:
         """Number of runs that count of what takes so long.
 
-        >>> Effort().repeats(100.0), Effort().repeats(1.0), Effort().repeats(20.0)
-        (5, 30, 20)
+        >>> Effort().repeats(100.0), Effort().repeats(1.0), Effort().repeats(20.0), Effort().repeats(1e4)
+        (5, 30, 20, 2)
         """
-        wanted = self.max_repeats if ms <= 0 else int(self.target_ms / ms)
-        return min(max(wanted, self.min_repeats), self.max_repeats)
+        ms = max(ms, 1e-3)
+        wanted = min(max(int(self.target_ms / ms), self.min_repeats), self.max_repeats)
+        return max(min(wanted, int(self.limit_ms / ms)), 2)
 
 
 class Clock(Protocol):

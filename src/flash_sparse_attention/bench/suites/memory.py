@@ -1,0 +1,89 @@
+"""How much memory forward and backward pass take by length, and how long sequences can be."""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+import resource
+import sys
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from ... import functional
+from .. import costs, inputs
+from ..cases import Bench, Case, Variant
+from ..results import Row
+from ..shapes import Shape
+from .attention import whole_case
+from .operators import full_case
+
+SUITE = "memory"
+EVERYTHING = ("window", "compressed", "selected", "index")
+
+
+def groups(shapes: list[Shape], bench: Bench) -> Iterator[tuple[str, list[Case]]]:
+    """A forward with a backward pass at each length: as it is, with all parts computed again, and full attention."""
+    for shape in shapes:
+        x = inputs.draw(shape, bench.device)
+        whole = whole_case(shape, x, ("both",))
+
+        def recompute(given: Mapping[str, torch.Tensor], shape: Shape = shape) -> torch.Tensor:
+            tensors = given["q"], given["k"], given["v"], given["gates"]
+            return functional.nsa_attention(*tensors, shape.nsa, recompute=EVERYTHING).out
+
+        again = Variant("triton, recompute", recompute, checked=False, notes="recompute=" + ", ".join(EVERYTHING))
+        both = costs.whole(shape, "forward") + costs.whole(shape, "backward")
+        full = full_case(shape, x, bench, False)
+        dense = costs.full(shape, "forward") + costs.full(shape, "backward")
+        yield (
+            str(shape),
+            [
+                dataclasses.replace(whole, variants=[whole.variants[0], again], costs={"both": both}),
+                dataclasses.replace(full, variants=full.variants[:1], costs={"both": dense}, with_memory=True),
+            ],
+        )
+
+
+def cpu_rows(shapes: list[Shape], bench: Bench) -> list[Row]:
+    """On a CPU: the peak of a process of its own that runs a forward and a backward pass once."""
+    rows = []
+    for shape in shapes:
+        bench.announce(f"whole attention at {shape.tokens:,} tokens")
+        cost = costs.whole(shape, "forward") + costs.whole(shape, "backward")
+        fixed = (SUITE, "whole attention", "both", "blockwise", True, shape.whole())
+        peak = _in_process(partial(_run_once, shape, torch.get_num_threads()))
+        found: dict[str, Any] = {"memory": {"peak": peak}} if peak else {"skipped": "failed: its process ended early"}
+        notes = "peak of the process, Python and PyTorch included"
+        rows.append(Row(*fixed, flops=cost.flops, bytes=cost.bytes, notes=notes, **found))
+    return rows
+
+
+def _run_once(shape: Shape, threads: int) -> None:
+    torch.set_num_threads(threads)
+    x = inputs.draw(shape, torch.device("cpu"))
+    functional.nsa_attention(*x, shape.nsa).out.sum().backward()
+
+
+def _in_process(run: Any) -> int | None:
+    """Bytes that a new process had resident at its peak when it had run this; None if it did not end well."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_report_peak, args=(run, there))
+    process.start()
+    there.close()
+    try:
+        peak: int | None = here.recv()
+    except EOFError:
+        peak = None
+    process.join()
+    return peak
+
+
+def _report_peak(run: Any, pipe: Any) -> None:
+    run()
+    # Kibibytes, but on macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
