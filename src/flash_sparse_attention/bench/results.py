@@ -31,12 +31,14 @@ class Timing:
         median: half of the runs took at most this long.
         first_quartile, third_quartile: the middle half of the runs lies between.
         repeats: number of the runs.
+        host_ms: until the call returned, the median; None where it was not taken. Launches of a GPU are queued by then.
     """
 
     median: float
     first_quartile: float
     third_quartile: float
     repeats: int
+    host_ms: float | None = None
 
     @property
     def spread(self) -> float:

@@ -169,7 +169,17 @@ def _table(title: str, rows: Sequence[Row], report: Report) -> Table:
     table.add_column("operator", no_wrap=True)
     table.add_column("by", no_wrap=True)
     table.add_column("direction", no_wrap=True)
-    for column in ("ms", "spread", "TFLOP/s", "TB/s", "roofline", "peak GiB", "error/budget", "full attention"):
+    for column in (
+        "ms",
+        "spread",
+        "host ms",
+        "TFLOP/s",
+        "TB/s",
+        "roofline",
+        "peak GiB",
+        "error/budget",
+        "full attention",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
     gains = {gain.ours.key: gain for gain in _best_full(rows, report)}
     for row in rows:
@@ -180,6 +190,7 @@ def _table(title: str, rows: Sequence[Row], report: Report) -> Table:
         cells = [
             "" if row.ms is None else f"{row.ms.median:.3f}",
             "" if row.ms is None else f"{row.ms.spread:.1%}",
+            _number(None if row.ms is None else row.ms.host_ms, "{:.2f}"),
             _number(row.tflop_per_s, "{:.3g}"),
             _number(row.tb_per_s, "{:.3g}"),
             _number(fraction, "{:.0%}"),

@@ -57,10 +57,7 @@ def cases(shape: Shape, bench: Bench, compile_baselines: bool, recorded: Tensor 
 
 def full_case(shape: Shape, x: inputs.Inputs, bench: Bench, compile_baselines: bool) -> Case:
     """Full attention, by all that there is for it."""
-    found = [
-        _baseline(one, shape, compile_baselines, seconds=_full_seconds(shape))
-        for one in baselines.full_attention(bench.device)
-    ]
+    found = [_baseline(one, shape, compile_baselines) for one in baselines.full_attention(bench.device)]
     return Case(
         FULL, shape.dense(), shape.heads, _leaves(x.q, x.k, x.v), found,
         {way: costs.full(shape, way) for way in ATTENTION_DIRECTIONS}, _interval_expected(Interval()),
@@ -239,7 +236,7 @@ def _ours(x: Tensor, run: Callable[[Tensors], Tensor]) -> Variant:
     return Variant("triton" if x.device.type == "cuda" else "blockwise", run)
 
 
-def _baseline(one: baselines.Baseline, shape: Shape, compile_it: bool, seconds: float = 0.0) -> Variant:
+def _baseline(one: baselines.Baseline, shape: Shape, compile_it: bool) -> Variant:
     made: dict[str, baselines.Attention] = {}
 
     def run(given: Tensors) -> Tensor:
@@ -249,12 +246,7 @@ def _baseline(one: baselines.Baseline, shape: Shape, compile_it: bool, seconds: 
             made[""] = one.make(shape)
         return made[""](given["q"], given["k"], given["v"])
 
-    return Variant(one.name, run, ours=False, seconds=seconds)
-
-
-def _full_seconds(shape: Shape) -> float:
-    """Of a forward and backward pass of full attention at the least: no device of today makes 2e15 FLOP/s."""
-    return sum(costs.full(shape, way).flops for way in ATTENTION_DIRECTIONS) / 2e15
+    return Variant(one.name, run, ours=False)
 
 
 def _leaf(x: Tensor) -> Tensor:
