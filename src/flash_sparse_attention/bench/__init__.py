@@ -1,1 +1,1 @@
-"""Benchmarks that anyone can repeat: what each part costs on the device at hand, that it is right, and how it compares."""
+"""Benchmarks that anyone can repeat: what each part costs on this device, that it is right, and how it compares."""

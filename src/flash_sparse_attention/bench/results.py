@@ -164,7 +164,7 @@ class Report:
             if not ours.ours:
                 continue
             for other in timed:
-                if not other.ours and _comparable(ours, other):
+                if not other.ours and comparable(ours, other):
                     yield Gain(ours, other)
 
     def save(self, path: Path) -> None:
@@ -201,7 +201,7 @@ class Report:
             )
             roofline = Roofline(**content["roofline"])
             return cls(content["command"], content["date"], content["environment"], roofline, rows)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise bad("FILE", expected, f"{str(path)!r}, whose content does not fit ({error})") from error
 
 
@@ -230,7 +230,8 @@ def merged(reports: Sequence[Report]) -> Report:
     return dataclasses.replace(first, rows=tuple(rows.values()))
 
 
-def _comparable(ours: Row, other: Row) -> bool:
+def comparable(ours: Row, other: Row) -> bool:
+    """Whether the time of the other row says something about that of ours: the same work, or full attention instead."""
     if other.operator == ours.operator:
         return ours.key[0] == other.key[0] and ours.direction == other.direction and ours.key[4:] == other.key[4:]
     return other.operator == FULL and ours.dense_key() == other.dense_key()

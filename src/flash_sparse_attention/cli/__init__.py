@@ -1,4 +1,4 @@
-"""The command `fsa`: train, generate, inspect, verify, tune, convert."""
+"""The command `fsa`: train, generate, inspect, verify, tune, convert, bench."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
+from .bench import bench_app
 from .convert import convert
 from .generate import generate
 from .inspect import inspect
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 for command in (train, generate, inspect, verify, tune, convert):
     app.command()(command)
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:
