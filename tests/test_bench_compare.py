@@ -36,7 +36,7 @@ def invoke(tmp_path, first, second, *options, code=0):
 def test_a_run_agrees_with_itself(tmp_path):
     shown = invoke(tmp_path, times(), times())
     assert "2 of 2 rows of at least 0.2 ms agree within 3 %; the largest deviation is 0.0 %" in shown
-    assert "1 shorter rows were not judged." in shown
+    assert "1 shorter row was not judged." in shown
     assert "warning" not in shown
     assert "regression" not in shown
 

@@ -107,7 +107,7 @@ class Comparison:
             f"the largest deviation is {100 * worst.deviation:.1f} % ({row_words(worst.after)})."
         ]
         short = len(self.pairs) - len(judged)
-        sentences += [f"{short} shorter rows were not judged."] if short else []
+        sentences += [f"{short} shorter {'row was' if short == 1 else 'rows were'} not judged."] if short else []
         ours = len(self.regressions)
         sentences += [f"{ours} of ours {'is' if ours == 1 else 'are'} slower."] if ours else []
         lost = len(self.lost)

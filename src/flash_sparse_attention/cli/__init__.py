@@ -33,5 +33,5 @@ def main() -> None:
         app()
     except (ValueError, OSError) as error:
         Console(stderr=True).print("[bold red]error:[/]", end=" ")
-        Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(str(error))
+        Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True).print(str(error))
         sys.exit(2)

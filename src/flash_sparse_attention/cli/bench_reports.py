@@ -53,7 +53,7 @@ def report(
         if output in texts:
             raise bad("--readme", "another file than --output", repr(str(output)))
         texts[output] = written
-    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     if check:
         stale = [path for path, content in texts.items() if _content(path) != content]
         suffixes = (".png", ".svg") if svg else (".png",)
@@ -91,9 +91,9 @@ def compare(
     if not min_ms >= 0:
         raise bad("--min-ms", "at least 0", min_ms)
     comparison = compared(read_report(before), read_report(after), threshold, min_ms)
-    console = Console(markup=False, highlight=False)
+    console = Console(markup=False, emoji=False, highlight=False)
     if not console.is_terminal:
-        console = Console(markup=False, highlight=False, width=_PLAIN_WIDTH)
+        console = Console(markup=False, emoji=False, highlight=False, width=_PLAIN_WIDTH)
     for warning in comparison.warnings:
         console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
     _print_pairs(comparison, console)
