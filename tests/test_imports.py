@@ -36,6 +36,18 @@ ALLOWED = {
     # Conversion, when it is asked for.
     "training": {*BASE, "impl", "functional", "nn", "integrations", ""},
     "integrations": {*BASE, "impl", "functional", "nn", "cache"},
+    "bench": {
+        *BASE,
+        "impl",
+        "functional",
+        "nn",
+        "cache",
+        "accuracy",
+        "integrations",
+        "training",
+        "plots",
+        "",
+    },
     # The kernels' tuning, inside functions.
     "cli": {
         *BASE,
@@ -48,6 +60,7 @@ ALLOWED = {
         "plots",
         "training",
         "integrations",
+        "bench",
         "",
     },
     # `__init__.py`, which others import for the version.
@@ -62,7 +75,7 @@ EXCLUSIVE = {
     "tensorboard": {"training"},
     "typer": {"cli"},
     "rich": {"cli"},
-    "matplotlib": {"plots", "training"},
+    "matplotlib": {"plots", "training", "bench"},
 }
 
 
