@@ -33,6 +33,7 @@ ALLOWED = {
     "cache": {*BASE, "impl", "functional"},
     "analysis": {*BASE, "nn"},
     "plots": {*BASE, "analysis", "nn"},
+    "selections": BASE,
     # Conversion, when it is asked for.
     "training": {*BASE, "impl", "functional", "nn", "integrations", ""},
     "integrations": {*BASE, "impl", "functional", "nn", "cache"},
@@ -58,6 +59,7 @@ ALLOWED = {
         "accuracy",
         "analysis",
         "plots",
+        "selections",
         "training",
         "integrations",
         "bench",
@@ -169,4 +171,4 @@ assert not any(name.startswith("{PACKAGE}.impl.") for name in sys.modules), "imp
 
 
 def test_the_layers_need_no_command_line():
-    assert new_modules(f"import {PACKAGE}.nn, {PACKAGE}.accuracy") == {PACKAGE}
+    assert new_modules(f"import {PACKAGE}.nn, {PACKAGE}.accuracy, {PACKAGE}.selections") == {PACKAGE}
