@@ -165,7 +165,7 @@ def _recorded(options: Options) -> Callable[[Shape], Tensor | None]:
         same = all(
             getattr(shape.nsa, name) == getattr(recorded.config, name) for name in ("block_size", "num_selected_blocks")
         )
-        if not same or shape.tokens > recorded.tokens:
+        if not same or shape.tokens > recorded.total_tokens:
             return None
         return selections.widened(recorded.layers, num_kv_heads=shape.kv_heads, total_tokens=shape.tokens).to(
             options.device
