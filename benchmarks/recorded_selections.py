@@ -2,10 +2,10 @@
 
     python benchmarks/recorded_selections.py                                          # on a GPU
 
-Trains a model of bytes with the paper's sizes on the sources of Python's standard library (4 layers of 2 KV heads), lets
-it read the files that training held out, one behind the other, and writes what its upper layers select (`--layers`; of
-all four the file would be larger than 1.5 MB). These are `fsa train` and `fsa inspect --dump`; it prints their command
-lines. The defaults are for a GPU, on a CPU a short run is
+Trains a model of bytes with the paper's sizes on the sources of Python's standard library (4 layers of 2 KV heads),
+lets it read the files that training held out, one behind the other, and writes what its upper layers select
+(`--layers`; of all four the file would be larger than 1.5 MB). These are `fsa train` and `fsa inspect --dump`; it
+prints their command lines. The defaults are for a GPU, on a CPU a short run is
 
     python benchmarks/recorded_selections.py --steps 120 --sequence-length 8192 --tokens 16384 --hidden-size 128 \
         --head-dim 16 --device cpu --output selections.npz

@@ -78,9 +78,12 @@ def test_gains_are_over_the_same_work_and_over_full_attention():
     assert found["forward", 65536, FULL, "cudnn"] == pytest.approx(6.5)
     assert found["backward", 8192, FULL, "flash"] == pytest.approx(1.0)
     assert found["forward", 8192, "selected attention", "query_outer"] == pytest.approx(1.25)
-    # Another operator of the same heads and length has full attention as its baseline too, and nothing else.
-    combine = [gain for gain in run(operator_rows()).gains() if gain.ours.operator == "combine"]
-    assert [gain.other.operator for gain in combine] == [FULL, FULL]
+    # Another attention of the same heads and length has full attention as its baseline too, and nothing else.
+    window = row("sliding window", "forward", "triton", 1.0, tokens=65536, window_size=512)
+    others = [gain.other for gain in run([*operator_rows(), window]).gains() if gain.ours is window]
+    assert [other.operator for other in others] == [FULL, FULL]
+    # What is no attention does not take the place of one.
+    assert "combine" not in {gain.ours.operator for gain in run(operator_rows()).gains()}
 
 
 @pytest.mark.parametrize(

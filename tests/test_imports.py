@@ -39,6 +39,9 @@ ALLOWED = {
     "integrations": {*BASE, "impl", "functional", "nn", "cache"},
     "bench": {
         *BASE,
+        # The inverted index, inside a function.
+        "impl.triton",
+        "selections",
         "impl",
         "functional",
         "nn",

@@ -28,9 +28,10 @@ _ENVIRONMENT = {
 _ELSEWHERE = {"device", "method", "clocks", "baselines"}
 _CLOCKS = {"sm_mhz": "SM MHz", "memory_mhz": "memory MHz", "power_w": "power W", "temperature_c": "°C"}
 _LEGEND = """\
-A time is the median of its runs, and the middle half of them lies between the times in parentheses. *TFLOP/s* counts
-the arithmetic that the operator needs, *TB/s* what its schedule moves (where that is not modelled, inputs and outputs
-once). *Roofline* is the share of the time that the arithmetic, or the least traffic, would take at the rates measured
+A time is the median of its runs, and the middle half of them lies between the times in parentheses. *Host* is
+the time until the call returned: where it is longer than the time of the device, a call by itself waits for the host,
+and a CUDA graph does not. *TFLOP/s* counts the arithmetic that the operator needs, *TB/s* what its schedule moves
+(where that is not modelled, inputs and outputs once). *Roofline* is the share of the time that the arithmetic, or the least traffic, would take at the rates measured
 on the same device in the same run. *Over* a baseline says how many times as long the baseline takes: below 1x it is
 the faster one. Rows of this library are bold. *Error* is the largest error of an output as a share of its bound."""
 
@@ -199,6 +200,7 @@ def _operator(device: Device, rows: list[Row]) -> list[str]:
                 row.direction,
                 (f"**{row.variant}**" if row.ours else row.variant) + mark,
                 text.duration(row.ms.median, row.ms.first_quartile, row.ms.third_quartile),
+                text.duration(row.ms.host_ms) if device.kind == "cuda" else "",
                 text.digits(row.tflop_per_s),
                 text.digits(row.tb_per_s),
                 text.share(device.of_roofline(row)),
@@ -206,7 +208,7 @@ def _operator(device: Device, rows: list[Row]) -> list[str]:
                 "" if error is None else text.share(error) or "no number",
             ]
         )
-    header = [*varying, "inputs", "direction", "variant", "time", "TFLOP/s", "TB/s", "roofline"]
+    header = [*varying, "inputs", "direction", "variant", "time", "host", "TFLOP/s", "TB/s", "roofline"]
     header += [*(f"over {name}" for name in baselines), "error"]
     parts = [f"#### {rows[0].operator}\n"]
     parts += [f"All with {text.in_words(same)}.\n"] if same and len(rows) > 1 else []

@@ -14,6 +14,7 @@ from ... import functional, geometry
 from ...accuracy import plain
 from ...accuracy.budgets import compare_selection
 from ...geometry import Interval
+from ...selections import neighbour_overlap
 from ...types import SequenceLayout
 from .. import baselines, costs, inputs
 from ..cases import Bench, Case, Refusal, Variant
@@ -104,17 +105,19 @@ def selected_case(shape: Shape, x: inputs.Inputs, block_indices: Tensor) -> Case
         rows = given["q"][first:last], given["k"][:last], given["v"][:last], given["block_indices"][first:last]
         return plain.attend(operator, *rows, layout, "reference").out
 
+    nsa = {name: getattr(shape.nsa, name) for name in ("block_size", "num_init_blocks", "num_local_blocks")}
+    notes = f"neighbouring queries share {neighbour_overlap(block_indices, **nsa):.0%} of the blocks that they choose"
     cost = {way: costs.selected(shape, block_indices, way) for way in ATTENTION_DIRECTIONS}
     if x.q.device.type == "cuda":
         moved = {way: costs.selected(shape, block_indices, way, kv_outer=True) for way in ATTENTION_DIRECTIONS}
         found = [
-            Variant("kv_outer", partial(run, impl="triton", loop_order="kv_outer"), costs=moved),
+            Variant("kv_outer", partial(run, impl="triton", loop_order="kv_outer"), costs=moved, notes=notes),
             Variant("query_outer", partial(run, impl="triton", loop_order="query_outer"), ours=False),
         ]
         fla = baselines.selected_by_fla(block_indices, size)
         found.append(_baseline(fla, shape, True))
     else:
-        found = [Variant("blockwise", partial(run, impl="blockwise"))]
+        found = [Variant("blockwise", partial(run, impl="blockwise"), notes=notes)]
     leaves = {**_leaves(x.q, x.k, x.v), "block_indices": block_indices}
     return Case("selected attention", shape.selected(), shape.heads, leaves, found, cost, expected)
 
