@@ -28,12 +28,13 @@ _ENVIRONMENT = {
 _ELSEWHERE = {"device", "method", "clocks", "baselines"}
 _CLOCKS = {"sm_mhz": "SM MHz", "memory_mhz": "memory MHz", "power_w": "power W", "temperature_c": "°C"}
 _LEGEND = """\
-A time is the median of its runs, and the middle half of them lies between the times in parentheses. *Host* is
-the time until the call returned: where it is longer than the time of the device, a call by itself waits for the host,
-and a CUDA graph does not. *TFLOP/s* counts the arithmetic that the operator needs, *TB/s* what its schedule moves
-(where that is not modelled, inputs and outputs once). *Roofline* is the share of the time that the arithmetic, or the
-least traffic, would take at the rates measured on the same device in the same run. *Over* a baseline says how many times as long the baseline takes: below 1x it is
-the faster one. Rows of this library are bold. *Error* is the largest error of an output as a share of its bound."""
+A time is the median of its runs, and the middle half of them lies between the times in parentheses. *Host* is the
+time until the call returned: where it is longer than the time of the device, a call by itself waits for the host, and
+a CUDA graph does not. *TFLOP/s* counts the arithmetic that the operator needs, *TB/s* what its schedule moves (where
+that is not modelled, inputs and outputs once). *Roofline* is the share of the time that the arithmetic, or the least
+traffic, would take at the rates measured on the same device in the same run. *Over* a baseline says how many times as
+long the baseline takes: below 1x it is the faster one. Rows of this library are bold. *Error* is the largest error of
+an output as a share of its bound."""
 
 
 def page(
