@@ -60,7 +60,7 @@ def write_model(folder: Path, family: str = "llama", *, seed: int = 0, **changes
         "max_position_embeddings": 512,
         "tie_word_embeddings": family == "qwen3",
     }
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**sizes, **changes}))
     model.save_pretrained(folder)

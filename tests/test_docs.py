@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -18,7 +19,19 @@ from flash_sparse_attention.training import TrainConfig
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 SHELLS = ("bash", "sh", "console")
-COMMANDS = typer.main.get_command(app).commands
+
+
+def commands_of(group: Any, before: str = "") -> dict[str, Any]:
+    """All commands by name, those of a group as `bench report`."""
+    found = {}
+    for word, command in group.commands.items():
+        found[before + word] = command
+        if hasattr(command, "commands"):
+            found |= commands_of(command, f"{before}{word} ")
+    return found
+
+
+COMMANDS = commands_of(typer.main.get_command(app))
 
 
 def blocks(document: Path, *languages: str) -> list[tuple[int, str]]:
@@ -86,7 +99,8 @@ def parse(arguments: list[str]) -> None:
     """Reads the options of a command without running it."""
     if arguments[:1] in ([], ["--help"]):
         return
-    command, rest = arguments[0], arguments[1:]
+    words = next((n for n in (2, 1) if " ".join(arguments[:n]) in COMMANDS), 1)
+    command, rest = " ".join(arguments[:words]), arguments[words:]
     assert command in COMMANDS, f"there is no `fsa {command}`"
     try:
         COMMANDS[command].make_context(command, rest)
@@ -96,7 +110,9 @@ def parse(arguments: list[str]) -> None:
         pytest.fail(f"fsa {shlex.join(arguments)}: {error}")
 
 
-@pytest.mark.parametrize("arguments", [["inspect", "--nonsense"], ["generate"], ["train", "--steps", "many"]])
+@pytest.mark.parametrize(
+    "arguments", [["inspect", "--nonsense"], ["generate"], ["train", "--steps", "many"], ["bench", "compare", "a"]]
+)
 def test_parse_refuses(arguments):
     """The test above can fail."""
     with pytest.raises(pytest.fail.Exception):
@@ -106,7 +122,7 @@ def test_parse_refuses(arguments):
 def command_sections() -> dict[str, dict[str, str]]:
     """The options in docs/cli.md: command -> option -> default."""
     text = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    sections = dict(re.findall(r"^## `fsa (\w+)`\n(.*?)(?=^## |\Z)", text, flags=re.M | re.S))
+    sections = dict(re.findall(r"^##+ `fsa ([\w ]+)`\n(.*?)(?=^##+ |\Z)", text, flags=re.M | re.S))
     row = re.compile(r"^\| `(--[\w-]+)[^|]*\| *([^|]*?) *\|", flags=re.M)
     return {command: dict(row.findall(section)) for command, section in sections.items()}
 

@@ -33,9 +33,25 @@ ALLOWED = {
     "cache": {*BASE, "impl", "functional"},
     "analysis": {*BASE, "nn"},
     "plots": {*BASE, "analysis", "nn"},
+    "selections": BASE,
     # Conversion, when it is asked for.
     "training": {*BASE, "impl", "functional", "nn", "integrations", ""},
     "integrations": {*BASE, "impl", "functional", "nn", "cache"},
+    "bench": {
+        *BASE,
+        # The inverted index, inside a function.
+        "impl.triton",
+        "selections",
+        "impl",
+        "functional",
+        "nn",
+        "cache",
+        "accuracy",
+        "integrations",
+        "training",
+        "plots",
+        "",
+    },
     # The kernels' tuning, inside functions.
     "cli": {
         *BASE,
@@ -46,8 +62,10 @@ ALLOWED = {
         "accuracy",
         "analysis",
         "plots",
+        "selections",
         "training",
         "integrations",
+        "bench",
         "",
     },
     # `__init__.py`, which others import for the version.
@@ -62,7 +80,7 @@ EXCLUSIVE = {
     "tensorboard": {"training"},
     "typer": {"cli"},
     "rich": {"cli"},
-    "matplotlib": {"plots", "training"},
+    "matplotlib": {"plots", "training", "bench"},
 }
 
 
@@ -156,4 +174,4 @@ assert not any(name.startswith("{PACKAGE}.impl.") for name in sys.modules), "imp
 
 
 def test_the_layers_need_no_command_line():
-    assert new_modules(f"import {PACKAGE}.nn, {PACKAGE}.accuracy") == {PACKAGE}
+    assert new_modules(f"import {PACKAGE}.nn, {PACKAGE}.accuracy, {PACKAGE}.selections") == {PACKAGE}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 
@@ -20,8 +21,10 @@ from flash_sparse_attention.analysis import (
 )
 from flash_sparse_attention.cli import app
 from flash_sparse_attention.impl import IMPLEMENTATIONS, OPERATORS
-from flash_sparse_attention.nn import AttentionRecord, LanguageModel, LanguageModelConfig
+from flash_sparse_attention.nn import AttentionRecord, LanguageModel, LanguageModelConfig, record_attention
 from flash_sparse_attention.plots import gates_figure, save_png, selection_figure
+from flash_sparse_attention.selections import load_selections
+from flash_sparse_attention.training import END_OF_TEXT, load_model
 from flash_sparse_attention.training.checkpoint import CheckpointState, save_checkpoint
 
 NSA = NSAConfig(
@@ -168,6 +171,18 @@ def test_pictures_of_any_size(tmp_path, tokens, layers, kv_heads, heads):
         check_png(path)
 
 
+def test_a_picture_of_a_long_text_is_as_small(tmp_path):
+    """A map has a few hundred rows and columns, whatever the length."""
+    tokens = 40_000
+    own = torch.arange(tokens) // 64
+    indices = torch.stack([own // 2, own], 1)[:, None].int()
+    figure = selection_figure({"x": indices}, block_size=64, num_init_blocks=1, num_local_blocks=2)
+    pixels = np.asarray(panels(figure)["x, KV head 0"].images[0].get_array())
+    assert max(pixels.shape) <= 256
+    save_png(figure, tmp_path / "s.png")
+    check_png(tmp_path / "s.png")
+
+
 def test_pictures_need_layers_of_one_length():
     with pytest.raises(ValueError, match="block_indices must be at least one layer, got none"):
         selection_figure({}, **FORCED)
@@ -280,6 +295,30 @@ def test_the_shortest_text(runs, tmp_path):
     assert [head["per_query"] for layer in layers.values() for head in layer["chosen"]] == [pytest.approx(1 / 17)] * 4
 
 
+@pytest.mark.parametrize(("options", "layers"), [([], [0, 1]), (["--dump-layers", "1,0-1"], [0, 1]), (["1"], [1])])
+def test_the_dumped_selections_are_those_of_the_model(runs, tmp_path, options, layers):
+    text = bytes(range(32, 127)) * 3
+    (tmp_path / "text.txt").write_bytes(text + b"cut off")
+    options = ["--dump-layers", *options] if options == ["1"] else options
+    shown = run(
+        *(runs / "nsa", "--text", tmp_path / "text.txt", "--max-tokens", len(text) + 1, "--device", "cpu"),
+        *("--output", tmp_path / "out", "--no-pictures", "--dump", tmp_path / "new" / "selections", *options),
+    )
+    assert f"Selections of {len(layers)} layer" in shown
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["summary.json"]
+    model, _ = load_model(runs / "nsa")
+    with record_attention(model) as records, torch.inference_mode():
+        model(torch.tensor([END_OF_TEXT, *text]))
+    recorded = load_selections(tmp_path / "new" / "selections")
+    assert list(recorded.layers) == [f"layers.{i}.self_attn" for i in layers]
+    for name, indices in recorded.layers.items():
+        assert torch.equal(indices, records[name].block_indices)
+    assert recorded.config == NSA
+    assert recorded.origin["model"] == model.config.to_dict()
+    assert recorded.origin["step"] == 7
+    assert recorded.origin["text_sha256"] == hashlib.sha256(text).hexdigest()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -293,6 +332,9 @@ def test_the_shortest_text(runs, tmp_path):
         (["nsa", "--prompt", "x", "--dtype", "int8"], "dtype must be one of auto, float32, .* got 'int8'"),
         (["nsa", "--prompt", "x", "--device", "tpu"], "device must be one of auto, cpu, cuda, got 'tpu'"),
         (["nsa/none", "--prompt", "x" * 99], "checkpoint must be the directory of a run .* does not exist"),
+        (["nsa", "--prompt", "x" * 99, "--dump-layers", "0"], "--dump-layers must be left out without --dump, got '0'"),
+        (["nsa", "--prompt", "x" * 99, "--dump", "a", "--dump-layers", "0-2"], "layers of the model, 0 to 1, got 2"),
+        (["nsa", "--prompt", "x" * 99, "--dump", "a", "--dump-layers", "one"], "--dump-layers must be numbers and ran"),
         (["full", "--prompt", "x" * 99], "sparse attention, got .*attention='full': full attention selects no blocks"),
         (["other", "--prompt", "x" * 99], "checkpoint must be one of a model of bytes, .* got one of 99 tokens"),
     ],
@@ -307,3 +349,5 @@ def test_what_is_refused(runs, tmp_path, monkeypatch, arguments, message):
 def test_a_text_needs_a_checkpoint():
     with pytest.raises(ValueError, match="checkpoint must be given for a text to read, got None"):
         run("--prompt", "x")
+    with pytest.raises(ValueError, match="checkpoint must be given for --dump, got None"):
+        run("--dump", "x")

@@ -9,6 +9,7 @@ from flash_sparse_attention import NSAConfig
 from flash_sparse_attention.nn import LanguageModel, LanguageModelConfig
 from flash_sparse_attention.training import TrainConfig, flops
 from flash_sparse_attention.training.flops import AttentionCost, ModelCost, peak_flops
+from flash_sparse_attention.training.log import significant
 from flash_sparse_attention.training.tasks import ByteTask
 
 NSA = NSAConfig(kernel_size=8, kernel_stride=4, block_size=8, num_selected_blocks=3, window_size=5)
@@ -51,3 +52,8 @@ def test_peaks():
     assert flops._peak_of("NVIDIA GB200") == 2.5e15
     assert flops._peak_of("NVIDIA A100-SXM4-80GB") == 312e12
     assert flops._peak_of("Some other device") is None
+
+
+@pytest.mark.parametrize(("value", "expected"), [(0.412345, 0.4123), (0.0000412345, 0.00004123), (0.0, 0.0)])
+def test_a_small_share_is_not_nothing(value, expected):
+    assert significant(value) == expected

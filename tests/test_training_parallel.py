@@ -2,101 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import transformers
 
-from flash_sparse_attention.training import Trainer, load_model, log, train
+from flash_sparse_attention.training import Trainer, load_model, train
 from flash_sparse_attention.training.parallel import Group
-from pretrained_runs import texts, tiny_config, write_jsonl, write_model
+from parallel_runs import NAMES, configs, losses, make_runs, numbers, records, torchrun, train_by_torchrun
 from training_runs import tiny_config as tiny_byte_config
 from training_runs import write_texts
-
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-
-
-def configs(root: Path):
-    """The runs that are done by one process and by two."""
-    corpus, model, byte_texts = root / "corpus.jsonl", root / "model", root / "texts"
-    # At one learning rate, so that the number of steps decides on nothing but the end.
-    pretrained = tiny_config(model, corpus, batch_size=4, final_lr_fraction=1.0)
-    return {
-        "pretrained": pretrained,
-        "checkpointed": pretrained.replace(gradient_checkpointing=True, steps=2),
-        "bf16": pretrained.replace(precision="bf16", steps=2),
-        "bytes": tiny_byte_config(byte_texts, batch_size=2, steps=4).replace(model={"attention": "nsa"}),
-    }
-
-
-def work(rank: int, root: str, size: int) -> None:
-    """A process of a group of two: the runs of `configs`, one that goes on, and one that a signal ends."""
-    torch.set_num_threads(1)
-    os.environ.update(zip(NAMES, (str(rank), str(size), str(rank)), strict=True))
-    folder = Path(root)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=size)
-    for name, config in configs(folder).items():
-        train(config, folder / "two" / name)
-    # Begun by one process.
-    train(configs(folder)["pretrained"].replace(steps=6), folder / "one" / "handed-over", resume=True)
-
-    run = Trainer(configs(folder)["bytes"], folder / "two" / "stopped")
-    note = run._note
-
-    def signalled(record: log.StepRecord) -> None:
-        note(record)
-        # The one that neither writes nor speaks gets the signal, and a second one of another kind.
-        if rank == 1 and record.step == 2:
-            signal.raise_signal(signal.SIGINT)
-            signal.raise_signal(signal.SIGTERM)
-
-    run._note = signalled
-    result = run.run()
-    assert (result.step, result.interrupted) == (2, signal.SIGINT)
-    assert result.checkpoint == folder / "two" / "stopped" / "step-00000002"
-    integrated(folder, "two")
-    dist.destroy_process_group()
-
-
-def integrated(folder: Path, place: str) -> None:
-    """A converted model."""
-    sizes = {"kernel_size": 8, "kernel_stride": 4, "block_size": 8, "num_selected_blocks": 4, "window_size": 16}
-    train(configs(folder)["pretrained"].replace(convert=True, nsa=sizes), folder / place / "converted")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A folder with the runs of one process and of two."""
-    root = tmp_path_factory.mktemp("runs")
-    write_model(root / "model", "qwen3")
-    write_jsonl(root / "corpus.jsonl", texts())
-    write_texts(root / "texts")
-    for name, config in configs(root).items():
-        train(config, root / "one" / name)
-    train(configs(root)["pretrained"], root / "one" / "handed-over")
-    train(configs(root)["pretrained"].replace(steps=6), root / "one" / "longer")
-    integrated(root, "one")
-    mp.spawn(work, (str(root), 2), nprocs=2)
-    return root
+    return make_runs(tmp_path_factory.mktemp("runs"), "cpu")
 
 
-def records(folder: Path) -> list[log.StepRecord]:
-    return log.read(folder / "log.jsonl")
-
-
-def numbers(folder: Path) -> list[float]:
-    """Losses, held-out losses and lengths of gradients, one behind the other."""
-    found = [(x.loss, x.grad_norm, x.eval_loss) for x in records(folder)]
-    return [value for record in found for value in record if value is not None]
-
-
-@pytest.mark.parametrize("name", ["pretrained", "checkpointed", "bytes"])
+@pytest.mark.parametrize("name", ["pretrained", "checkpointed", "converted", "bytes"])
 def test_two_processes_compute_what_one_does(runs, name):
     one, two = runs / "one" / name, runs / "two" / name
     assert numbers(two) == pytest.approx(numbers(one), rel=1e-4)
@@ -106,7 +29,7 @@ def test_two_processes_compute_what_one_does(runs, name):
 
 def test_bf16(runs):
     one, two = runs / "one" / "bf16", runs / "two" / "bf16"
-    assert [x.loss for x in records(two)] == pytest.approx([x.loss for x in records(one)], rel=1e-2)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-2)
     assert numbers(two) != numbers(runs / "two" / "pretrained")[: len(numbers(two))]
 
 
@@ -127,7 +50,7 @@ def test_a_checkpoint_is_whole(runs):
 def test_two_processes_go_on_from_one_and_one_from_two(runs, tmp_path):
     longer = numbers(runs / "one" / "longer")
     assert numbers(runs / "one" / "handed-over") == pytest.approx(longer, rel=1e-4)
-    train(configs(runs)["pretrained"].replace(steps=6), runs / "two" / "pretrained", resume=True)
+    train(configs(runs, "cpu")["pretrained"].replace(steps=6), runs / "two" / "pretrained", resume=True)
     assert numbers(runs / "two" / "pretrained") == pytest.approx(longer, rel=1e-4)
 
 
@@ -135,8 +58,13 @@ def test_a_signal_to_any_process_ends_all_behind_one_step(runs):
     assert [x.step for x in records(runs / "two" / "stopped")] == [1, 2]
 
 
-def test_converted(runs):
-    assert numbers(runs / "two" / "converted") == pytest.approx(numbers(runs / "one" / "converted"), rel=1e-3)
+def test_a_loss_that_is_no_number_in_one_process_ends_all(runs):
+    assert not (runs / "two" / "not-a-number" / "log.jsonl").exists()
+
+
+def test_processes_agree_on_how_logits_are_computed(runs):
+    """A process that computed them in another way than the others would wait for weights that nobody sends."""
+    assert numbers(runs / "two" / "of-two-minds") == pytest.approx(numbers(runs / "one" / "pretrained"), rel=1e-4)
 
 
 class TestGroup:
@@ -144,7 +72,8 @@ class TestGroup:
         for name in NAMES:
             monkeypatch.delenv(name, raising=False)
         assert Group.of_environment() == Group()
-        assert not Group().connect(torch.device("cpu"))
+        Group().connect(torch.device("cpu"))
+        assert not torch.distributed.is_initialized()
         assert Group().share(range(5)) == range(5)
 
     def test_of_torchrun(self, monkeypatch):
@@ -177,16 +106,24 @@ class TestGroup:
 @pytest.mark.slow
 def test_torchrun(tmp_path):
     """As a user starts it."""
-    import subprocess
-
-    write_model(tmp_path / "model")
-    write_jsonl(tmp_path / "corpus.jsonl", texts())
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "flash_sparse_attention.cli", "train", "corpus.jsonl", "--model", "model", "--device", "cpu"]
-    command += ["--sequence-length", "64", "--batch-size", "2", "--steps", "2", "--held-out-fraction", "0.2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    done = train_by_torchrun(tmp_path, "cpu")
     assert done.returncode == 0, done.stderr
     assert "on 2 x cpu in fp32, into runs/model" in done.stdout
     assert done.stdout.count("held-out loss") == 1
     assert [x.step for x in records(tmp_path / "runs" / "model")] == [1, 2]
+
+
+@pytest.mark.slow
+def test_several_runs_of_a_group(tmp_path):
+    """The processes of torchrun meet once, for all runs that they do."""
+    write_texts(tmp_path / "texts")
+    (tmp_path / "several.py").write_text(
+        "from flash_sparse_attention.training import TrainConfig, train\n"
+        "for number in range(4):\n"
+        "    train(TrainConfig.from_dict(CONFIG), f'run-{number}')\n".replace(
+            "CONFIG", repr(tiny_byte_config(tmp_path / "texts", batch_size=2, steps=2).to_dict())
+        )
+    )
+    done = torchrun(tmp_path, "several.py")
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "run-3") == losses(tmp_path / "run-0")

@@ -14,6 +14,8 @@ pytest.importorskip("transformers", minversion="5")
 from transformers import DataCollatorWithFlattening, DynamicCache
 
 from flash_sparse_attention import NSAConfig, SequenceLayout
+from flash_sparse_attention.integrations.transformers.inputs import rotations_of
+from flash_sparse_attention.integrations.transformers.modeling import _with_last_repeated
 from tiny_transformers import SIZES, close, sparse_model, tokens_of
 
 LENGTHS = (21, 1, 40, 3)
@@ -221,3 +223,16 @@ def test_masks_of_four_dimensions_in_a_step():
         cache = model(tokens_of(2, 20)).past_key_values
         with pytest.raises(ValueError, match=r"attention_mask must be \[B=2, 21\], got \[2, 1, 1, 21\]"):
             model(tokens_of(2, 1), attention_mask=torch.ones(2, 1, 1, 21), past_key_values=cache)
+
+
+class TestSpreadOverDevices:
+    """What the layers of one device have from another one comes to them; `meta` stands for a second device."""
+
+    def test_angles_of_a_rotary_embedding_elsewhere(self):
+        compute = rotations_of(lambda like, positions: (torch.ones(1, 5, 8), torch.zeros(1, 5, 8)), torch.float32)
+        assert {x.device.type for x in compute(torch.empty(5, dtype=torch.int64, device="meta"))} == {"meta"}
+
+    def test_the_last_state_of_a_row_elsewhere(self):
+        hidden = torch.empty(2, 5, 8, device="meta")
+        (repeated,) = _with_last_repeated((hidden,), torch.tensor([1, 2, 3, 4, 5, 6]))
+        assert (repeated.device, repeated.shape) == (hidden.device, hidden.shape)

@@ -18,6 +18,8 @@ from . import geometry
 from .nn.attention import BRANCHES, AttentionRecord
 from .validation import FLOAT_DTYPES, check_positive, check_tensor
 
+_SELECTION_SHAPE: dict[str, int | None] = {"N": None, "Hk": None, "T": None}
+
 
 class Category(enum.IntEnum):
     """What a block is to a query, the codes of `selection_map`."""
@@ -72,7 +74,7 @@ def selection_map(block_indices: Tensor, *, block_size: int, num_init_blocks: in
         >>> selection_map(indices[:, None], block_size=1, num_init_blocks=1, num_local_blocks=1)[0].tolist()
         [[2, 0, 0, 0], [2, 3, 0, 0], [2, 1, 3, 0], [2, 4, 1, 3]]
     """
-    check_tensor("block_indices", block_indices, {"N": None, "Hk": None, "T": None}, (torch.int32,))
+    check_tensor("block_indices", block_indices, _SELECTION_SHAPE, (torch.int32,))
     check_positive("block_size", block_size)
     check_positive("num_init_blocks", num_init_blocks, 0)
     check_positive("num_local_blocks", num_local_blocks, 0)
@@ -144,24 +146,24 @@ def summarize(
     """
     summary = {}
     for name, record in records.items():
-        codes = selection_map(
-            record.block_indices,
-            block_size=block_size,
-            num_init_blocks=num_init_blocks,
-            num_local_blocks=num_local_blocks,
-        )
-        distances = chosen_distances(codes, block_size=block_size)
-        summary[name] = {
-            "gates": [dict(zip(BRANCHES, head, strict=True)) for head in mean_gates(record.gates).tolist()],
-            "chosen": [
+        indices = check_tensor("block_indices", record.block_indices, _SELECTION_SHAPE, (torch.int32,))
+        chosen = []
+        # One head at a time, as a map has N x J entries.
+        for of_head in indices.split(1, dim=1):
+            codes = selection_map(
+                of_head, block_size=block_size, num_init_blocks=num_init_blocks, num_local_blocks=num_local_blocks
+            )
+            distances = chosen_distances(codes, block_size=block_size)
+            mean = distances.mean.item()
+            chosen.append(
                 {
-                    "per_query": per_query,
+                    "per_query": distances.per_query.item(),
                     "mean_distance": None if math.isnan(mean) else mean,
-                    "share_by_distance": shares,
+                    "share_by_distance": distances.shares[0].tolist(),
                 }
-                for shares, mean, per_query in zip(*(values.tolist() for values in distances), strict=True)
-            ],
-        }
+            )
+        gates = [dict(zip(BRANCHES, head, strict=True)) for head in mean_gates(record.gates).tolist()]
+        summary[name] = {"gates": gates, "chosen": chosen}
     return summary
 
 

@@ -40,7 +40,6 @@ class Variant:
         costs: by direction; those of the case for the directions that are missing.
         checked: whether it is checked against the reference.
         notes: as in `Row.notes`.
-        seconds: for one run at the least, if that is known; too long ones are left out.
     """
 
     name: str
@@ -49,7 +48,6 @@ class Variant:
     costs: Mapping[str, Cost] = field(default_factory=dict)
     checked: bool = True
     notes: str = ""
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,8 @@ class Bench:
         clock: its clock.
         effort: how long each case is measured.
         announce: is told what comes next, a line.
-        max_run_s: what takes longer is left out.
+        max_run_s: what takes longer at the least is left out.
+        flop_per_s: of products of matrices on this device; 0 if that is not known.
     """
 
     device: torch.device
@@ -113,6 +112,7 @@ class Bench:
     effort: Effort
     announce: Callable[[str], None] = lambda line: None
     max_run_s: float = 10.0
+    flop_per_s: float = 0.0
 
     def measure(self, suite: str, cases: Iterable[Case]) -> list[Row]:
         """Rows of a group of cases, whose variants are timed in turn."""
@@ -144,8 +144,9 @@ class Bench:
     def _prepare(self, case: Case, variant: Variant) -> tuple[dict[str, object], str]:
         """Compiles, checks and weighs a variant: what was found, and why it cannot be timed."""
         found: dict[str, object] = {}
-        if variant.seconds > self.max_run_s:
-            return found, f"takes about {variant.seconds:.0f} s"
+        flops = sum(variant.costs.get(way, cost).flops for way, cost in case.costs.items())
+        if self.flop_per_s and flops / self.flop_per_s > self.max_run_s:
+            return found, f"takes at least {flops / self.flop_per_s:.0f} s"
         backward = case.directions != ("forward",)
         try:
             found["compile_s"] = round(first_run_s(lambda: self._once(case, variant, backward), self.device), 2)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from ..validation import bad
 
 SCHEMA = 1
 FULL = "full attention"
+# What is no attention, and takes the place of none.
+_CHORES = ("inverted index", "compress", "combine")
 # Sizes of a shape that full attention depends on.
 _DENSE_SIZES = ("tokens", "heads", "kv_heads", "head_dim", "head_dim_v", "batch", "new_tokens", "dtype")
 
@@ -31,12 +33,14 @@ class Timing:
         median: half of the runs took at most this long.
         first_quartile, third_quartile: the middle half of the runs lies between.
         repeats: number of the runs.
+        host_ms: until the call returned, the median; None where it was not taken. Launches of a GPU are queued by then.
     """
 
     median: float
     first_quartile: float
     third_quartile: float
     repeats: int
+    host_ms: float | None = None
 
     @property
     def spread(self) -> float:
@@ -164,7 +168,7 @@ class Report:
             if not ours.ours:
                 continue
             for other in timed:
-                if not other.ours and _comparable(ours, other):
+                if not other.ours and comparable(ours, other):
                     yield Gain(ours, other)
 
     def save(self, path: Path) -> None:
@@ -201,7 +205,7 @@ class Report:
             )
             roofline = Roofline(**content["roofline"])
             return cls(content["command"], content["date"], content["environment"], roofline, rows)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise bad("FILE", expected, f"{str(path)!r}, whose content does not fit ({error})") from error
 
 
@@ -220,20 +224,11 @@ class Gain:
         return self.other.ms.median / self.ours.ms.median
 
 
-def merged(reports: Sequence[Report]) -> Report:
-    """The rows of several reports of one device, the later of two with the same key."""
-    rows: dict[tuple[str, ...], Row] = {}
-    for report in reports:
-        for row in report.rows:
-            rows[row.key] = row
-    first = reports[0]
-    return dataclasses.replace(first, rows=tuple(rows.values()))
-
-
-def _comparable(ours: Row, other: Row) -> bool:
+def comparable(ours: Row, other: Row) -> bool:
+    """Whether the time of the other row says something about that of ours: the same work, or full attention instead."""
     if other.operator == ours.operator:
         return ours.key[0] == other.key[0] and ours.direction == other.direction and ours.key[4:] == other.key[4:]
-    return other.operator == FULL and ours.dense_key() == other.dense_key()
+    return other.operator == FULL and ours.operator not in _CHORES and ours.dense_key() == other.dense_key()
 
 
 def _compact(content: Mapping[str, Any]) -> dict[str, Any]:

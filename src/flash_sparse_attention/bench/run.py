@@ -31,6 +31,7 @@ _CPU_LENGTHS = {
     "memory": (16384, 65536),
 }
 _QUICK_LENGTHS = {"cuda": (8192,), "cpu": (1024,)}
+_MAX_RUN_S = {"cuda": 10.0, "cpu": 60.0}
 _MEMORY_LENGTHS = tuple(1 << n for n in range(13, 21))
 
 
@@ -105,12 +106,14 @@ def run(
             kept in case that a later group never ends.
     """
     device = options.device
-    bench = Bench(device, clock_of(device), Effort.quick() if options.quick else Effort(), announce)
+    effort = Effort.quick() if options.quick else Effort()
+    bench = Bench(device, clock_of(device), effort, announce, max_run_s=_MAX_RUN_S[device.type])
     found = environment(device, options.commit) | {"baselines": baselines.versions(device, Shape(1)), "clocks": {}}
     announce("roofline")
     dtypes = dict.fromkeys([torch.bfloat16 if device.type == "cuda" else torch.float32])
     dtypes |= dict.fromkeys([options.changes["dtype"]] if "dtype" in options.changes else [])
     roofline = measure_roofline(device, bench.clock, bench.effort, tuple(dtypes))
+    bench = dataclasses.replace(bench, flop_per_s=1e12 * max(roofline.product_tflop_per_s.values()))
     report = Report(command, datetime.now(timezone.utc).isoformat(timespec="seconds"), found, roofline, ())
     for suite in options.suites:
         for title, rows in _groups(suite, options, bench):
@@ -162,7 +165,7 @@ def _recorded(options: Options) -> Callable[[Shape], Tensor | None]:
         same = all(
             getattr(shape.nsa, name) == getattr(recorded.config, name) for name in ("block_size", "num_selected_blocks")
         )
-        if not same or shape.tokens > recorded.tokens:
+        if not same or shape.tokens > recorded.total_tokens:
             return None
         return selections.widened(recorded.layers, num_kv_heads=shape.kv_heads, total_tokens=shape.tokens).to(
             options.device

@@ -1,8 +1,10 @@
 """Times of runs, taken in turn.
 
 Runs that are compared are interleaved, so that clocks that fall or rise while they run touch all of them alike. Before
-each run of a GPU 4 GiB are written: no cache holds its inputs, and all of its launches are queued when it begins, so
-that the time is the device's. What a run allocates, PyTorch's allocator has kept from the runs before.
+each run of a GPU its memory is written to, 4 GiB at the least: no cache holds the inputs, and the device is busy until
+all launches of the run are queued, so that the time is the device's. The time that the host takes to queue them is
+told apart: where it is the larger one, a run by itself waits for the host. What a run allocates, PyTorch's allocator
+has kept from the runs before.
 """
 
 from __future__ import annotations
@@ -19,11 +21,14 @@ from torch import Tensor
 from .results import Timing
 
 Run = Callable[[], object]
+# Writes of 1 GiB before a run. A host that takes longer than the most of them cannot be covered.
+_LEAST_WRITES, _MOST_WRITES = 4, 200
 
 METHOD = {
     "cuda": (
         "Times are of CUDA events about the launches of a call; the median of the runs and the quartiles are given.",
-        "Before each run 4 GiB are written, so that no cache holds the inputs and all launches are queued.",
+        "Before each run 4 GiB or more are written, so that no cache holds the inputs and all launches are queued; "
+        "the time that the host takes to queue them is told apart.",
         "All variants of a case are run in turn, after a warm-up of each by time; compilation is timed apart.",
         "Each variant is checked against the reference on the same inputs first; without that it gets no time.",
         "Clocks and power are read and never set.",
@@ -70,31 +75,46 @@ class Effort:
         return max(min(wanted, int(self.limit_ms / ms)), 2)
 
 
+@dataclass(frozen=True)
+class Taken:
+    """The time of one run, and of the host until the call returned; milliseconds."""
+
+    ms: float
+    host_ms: float
+
+
 class Clock(Protocol):
     """Takes the time of a run."""
 
-    def ms(self, run: Run) -> float:
-        """Milliseconds of one run."""
+    def time(self, run: Run, host_ms: float) -> Taken:
+        """The time of one run that is known to keep the host for so long."""
 
 
 class CudaClock:
-    """CUDA events, behind a write that is larger than all caches."""
+    """CUDA events, behind writes that are larger than all caches and take longer than the host."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._flush = torch.empty(1 << 30, dtype=torch.uint8, device=device)
+        self._flush.zero_()
+        self._write_ms = 0.0
+        self._write_ms = self.time(lambda: self._flush.zero_(), 0.0).ms
 
-    def ms(self, run: Run) -> float:
-        """Milliseconds of the device from the first to the last launch of the run."""
+    def time(self, run: Run, host_ms: float) -> Taken:
+        """The time of the device from the first to the last launch of the run."""
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        # Half as long again, as the host is not equally fast every time.
+        cover = int(1.5 * host_ms / self._write_ms) + 1 if self._write_ms > 0 else 0
         with torch.cuda.device(self._device):
-            for _ in range(4):
+            for _ in range(min(max(_LEAST_WRITES, cover), _MOST_WRITES)):
                 self._flush.zero_()
             start.record()
+            begin = time.perf_counter()
             run()
+            host = time.perf_counter() - begin
             stop.record()
             stop.synchronize()
-        return start.elapsed_time(stop)
+        return Taken(start.elapsed_time(stop), 1000 * host)
 
 
 class CpuClock:
@@ -103,12 +123,13 @@ class CpuClock:
     def __init__(self) -> None:
         self._flush = torch.empty(1 << 28, dtype=torch.uint8)
 
-    def ms(self, run: Run) -> float:
-        """Milliseconds of the run."""
+    def time(self, run: Run, host_ms: float) -> Taken:
+        """The time of the run."""
         self._flush.zero_()
         begin = time.perf_counter()
         run()
-        return 1000 * (time.perf_counter() - begin)
+        ms = 1000 * (time.perf_counter() - begin)
+        return Taken(ms, ms)
 
 
 def clock_of(device: torch.device) -> Clock:
@@ -125,32 +146,33 @@ def interleaved(runs: Mapping[str, Run], clock: Clock, effort: Effort) -> dict[s
         The timing of each, by name.
     """
     wanted: dict[str, int] = {}
+    host_ms: dict[str, float] = {}
     for name, run in runs.items():
-        taken = clock.ms(run)
-        spent = taken
+        taken = clock.time(run, 0.0)
+        spent = taken.ms
         while spent < effort.warm_up_ms:
-            taken = clock.ms(run)
+            taken = clock.time(run, taken.host_ms)
             # What takes no time at all must not be warmed up forever.
-            spent += max(taken, 0.05)
-        wanted[name] = effort.repeats(taken)
-    times: dict[str, list[float]] = {name: [] for name in runs}
+            spent += max(taken.ms, 0.05)
+        wanted[name], host_ms[name] = effort.repeats(taken.ms), taken.host_ms
+    times: dict[str, list[Taken]] = {name: [] for name in runs}
     rounds = max(wanted.values(), default=0)
     for number in range(rounds):
         for name, run in runs.items():
             # Evenly spread: the i-th run of this one is due in round i * rounds / wanted.
             if len(times[name]) * rounds <= number * wanted[name] and len(times[name]) < wanted[name]:
-                times[name].append(clock.ms(run))
-    return {name: timing(ms) for name, ms in times.items()}
+                times[name].append(clock.time(run, host_ms[name]))
+    return {name: timing([one.ms for one in taken], [one.host_ms for one in taken]) for name, taken in times.items()}
 
 
-def timing(ms: list[float]) -> Timing:
-    """Median and quartiles of some times.
+def timing(ms: list[float], host_ms: list[float]) -> Timing:
+    """Median and quartiles of some times, and the median of those of the host.
 
-    >>> timing([1.0, 2.0, 3.0, 4.0, 5.0])
-    Timing(median=3.0, first_quartile=2.0, third_quartile=4.0, repeats=5)
+    >>> timing([1.0, 2.0, 3.0, 4.0, 5.0], [0.5])
+    Timing(median=3.0, first_quartile=2.0, third_quartile=4.0, repeats=5, host_ms=0.5)
     """
     first, median, third = statistics.quantiles(ms, n=4, method="inclusive") if len(ms) > 1 else (ms[0],) * 3
-    return Timing(median, first, third, len(ms))
+    return Timing(median, first, third, len(ms), statistics.median(host_ms))
 
 
 def first_run_s(run: Run, device: torch.device) -> float:

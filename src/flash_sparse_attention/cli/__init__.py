@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from .bench import bench
+from .bench import bench_app
 from .convert import convert
 from .generate import generate
 from .inspect import inspect
@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 for command in (train, generate, inspect, verify, tune, convert):
     app.command()(command)
-app.add_typer(bench, name="bench")
+app.add_typer(bench_app, name="bench")
 
 
 def main() -> None:
@@ -33,5 +33,5 @@ def main() -> None:
         app()
     except (ValueError, OSError) as error:
         Console(stderr=True).print("[bold red]error:[/]", end=" ")
-        Console(stderr=True, markup=False, highlight=False, soft_wrap=True).print(str(error))
+        Console(stderr=True, markup=False, emoji=False, highlight=False, soft_wrap=True).print(str(error))
         sys.exit(2)

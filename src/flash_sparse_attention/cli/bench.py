@@ -18,19 +18,22 @@ from ..bench.run import run as run_suites
 from ..bench.shapes import PRESETS, parse_lengths
 from ..training.config import resolve_device
 from ..validation import FLOAT_DTYPES, bad, check_choice, check_positive
+from .bench_reports import compare, report
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES if dtype.itemsize <= 4}
 # What a line needs where nobody looks at a terminal: nothing is cut off or wrapped.
 _PLAIN_WIDTH = 200
 
-bench = typer.Typer(
+bench_app = typer.Typer(
     help="Measure what each part costs here, and how it compares; report and compare results.",
     invoke_without_command=True,
     no_args_is_help=False,
 )
+bench_app.command("report")(report)
+bench_app.command("compare")(compare)
 
 
-@bench.callback()
+@bench_app.callback()
 def run(
     context: typer.Context,
     suites: Annotated[str, typer.Option(help=f"Which suites, with commas between: {', '.join(SUITES)}.")] = "all",
@@ -105,8 +108,8 @@ def run(
     check_selections(options)
     if output.exists() and not overwrite:
         raise bad("--output", "a new file", f"{str(output)!r}, which is there", "--overwrite replaces it")
-    report = _measure(options, output)
-    failed = [row for row in report.rows if row.ours and row.skipped.startswith("failed")]
+    measured = _measure(options, output)
+    failed = [row for row in measured.rows if row.ours and row.skipped.startswith("failed")]
     if failed:
         raise typer.Exit(1)
 
@@ -147,39 +150,50 @@ def _measure(options: Options, output: Path) -> Report:
 
     with console.status("") as status:
 
-        def group_done(title: str, rows: list[Row], report: Report) -> None:
-            report.save(output)
-            console.print(_table(title, rows, report))
+        def group_done(title: str, rows: list[Row], so_far: Report) -> None:
+            so_far.save(output)
+            console.print(_table(title, rows, so_far))
             for row in rows:
                 if row.skipped:
                     console.print(f"  no {row.operator}, {row.variant}, {row.direction}: {row.skipped}", soft_wrap=True)
 
-        report = run_suites(options, command, announce=lambda line: status.update(line), group_done=group_done)
-    report.save(output)
-    roofline = report.roofline
+        measured = run_suites(options, command, announce=lambda line: status.update(line), group_done=group_done)
+    measured.save(output)
+    roofline = measured.roofline
     rates = ", ".join(f"{name} products {rate:,.3g} TFLOP/s" for name, rate in roofline.product_tflop_per_s.items())
-    console.print(f"{report.device}: copy {roofline.copy_tb_per_s:.3g} TB/s, {rates}")
+    console.print(f"{measured.device}: copy {roofline.copy_tb_per_s:.3g} TB/s, {rates}")
     console.print(f"Results are in {output}; fsa bench report {output} makes tables and plots.", soft_wrap=True)
-    return report
+    return measured
 
 
-def _table(title: str, rows: Sequence[Row], report: Report) -> Table:
+def _table(title: str, rows: Sequence[Row], measured: Report) -> Table:
     """Rows that have a time or memory."""
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("operator", no_wrap=True)
     table.add_column("by", no_wrap=True)
     table.add_column("direction", no_wrap=True)
-    for column in ("ms", "spread", "TFLOP/s", "TB/s", "roofline", "peak GiB", "error/budget", "full attention"):
+    for column in (
+        "ms",
+        "spread",
+        "host ms",
+        "TFLOP/s",
+        "TB/s",
+        "roofline",
+        "peak GiB",
+        "error/budget",
+        "full attention",
+    ):
         table.add_column(column, justify="right", no_wrap=True)
-    gains = {gain.ours.key: gain for gain in _best_full(rows, report)}
+    gains = {gain.ours.key: gain for gain in _best_full(rows, measured)}
     for row in rows:
         if row.skipped:
             continue
         gain = gains.get(row.key)
-        fraction = report.roofline.fraction(row)
+        fraction = measured.roofline.fraction(row)
         cells = [
             "" if row.ms is None else f"{row.ms.median:.3f}",
             "" if row.ms is None else f"{row.ms.spread:.1%}",
+            _number(None if row.ms is None else row.ms.host_ms, "{:.2f}"),
             _number(row.tflop_per_s, "{:.3g}"),
             _number(row.tb_per_s, "{:.3g}"),
             _number(fraction, "{:.0%}"),
@@ -192,11 +206,11 @@ def _table(title: str, rows: Sequence[Row], report: Report) -> Table:
     return table
 
 
-def _best_full(rows: Sequence[Row], report: Report) -> list[Any]:
+def _best_full(rows: Sequence[Row], measured: Report) -> list[Any]:
     """The gain of each row of ours over the fastest full attention."""
     best: dict[tuple[str, ...], Any] = {}
     keys = {row.key for row in rows}
-    for gain in report.gains():
+    for gain in measured.gains():
         if gain.ours.key in keys and gain.other.operator == "full attention":
             known = best.get(gain.ours.key)
             if known is None or gain.ratio < known.ratio:

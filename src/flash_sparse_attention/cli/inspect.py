@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
 import json
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,12 +22,15 @@ from .. import __version__
 from ..analysis import layer_labels, summarize
 from ..config import NSAConfig
 from ..impl import explain
-from ..nn import LanguageModel, record_attention
+from ..nn import AttentionRecord, LanguageModel, record_attention
 from ..nn.attention import BRANCHES
-from ..training import END_OF_TEXT, VOCAB_SIZE, find_checkpoint, load_model, resolve_device
-from ..training.checkpoint import read_byte_state
+from ..selections import RecordedSelections, neighbour_overlap, save_selections
+from ..training import END_OF_TEXT, VOCAB_SIZE, CheckpointState, find_checkpoint, load_model, resolve_device
+from ..training.checkpoint import read_byte_state, versions
 from ..training.data import encode
+from ..training.files import megabytes
 from ..validation import FLOAT_DTYPES, bad, check_choice, check_positive
+from .layers import layer_numbers
 
 # Shapes whose loop order is shown: heads of a group, tokens; those of `fsa tune` without options are among them.
 _GROUPS, _LENGTHS = (1, 4, 8, 16), (8192, 65536)
@@ -45,21 +50,32 @@ def inspect(
     prompt: Annotated[str | None, typer.Option(help="Text that the model shall read, instead of a file.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the pictures and the numbers.")] = Path("inspection"),
     max_tokens: Annotated[int, typer.Option(help="Longer texts are cut to this many tokens (bytes).")] = 4096,
+    pictures: Annotated[bool, typer.Option(help="Draw selection.png and gates.png.")] = True,
+    dump: Annotated[
+        Path | None, typer.Option(help="File to write the selections to, for selections.load_selections.")
+    ] = None,
+    dump_layers: Annotated[
+        str | None, typer.Option(help="Layers whose selections are written, as 0-3,6.", show_default="all")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help=f"auto, {', '.join(_DTYPES)}.")] = "auto",
 ) -> None:
     """Show which implementation computes what; with a checkpoint, draw what it selects and how it gates.
 
-    Writes selection.png, gates.png and summary.json.
+    Writes selection.png, gates.png and summary.json, and with --dump the selections themselves.
     """
     chosen_device = resolve_device(device)
     check_choice("dtype", dtype, ("auto", *_DTYPES))
     if dtype == "auto":
         dtype = "bfloat16" if chosen_device.type == "cuda" else "float32"
     check_positive("max_tokens", max_tokens)
+    if dump is None and dump_layers is not None:
+        raise bad("--dump-layers", "left out without --dump", repr(dump_layers), "name the file, --dump FILE.npz")
     if checkpoint is None:
         if text is not None or prompt is not None:
             raise bad("checkpoint", "given for a text to read", None, "name a run, or leave --text and --prompt out")
+        if dump is not None:
+            raise bad("checkpoint", "given for --dump", None, "name a run, or leave --dump out")
         _print_versions(chosen_device)
         _print_implementations(chosen_device, _DTYPES[dtype])
         if importlib.util.find_spec("triton") is not None:
@@ -67,9 +83,15 @@ def inspect(
         return
 
     content = _content(text, prompt)
-    config = _sparse_config(checkpoint)
-    tokens = _tokens(content, config, max_tokens).to(chosen_device)
+    config, num_layers = _sparse_config(checkpoint)
+    tokens = _tokens(content, config, max_tokens)
+    dumped = _dumped_layers(dump_layers, num_layers)
     model, state = load_model(checkpoint, device=chosen_device)
+    records = _read(model.to(_DTYPES[dtype]), tokens.to(chosen_device))
+    sizes = {name: getattr(config, name) for name in ("block_size", "num_init_blocks", "num_local_blocks")}
+    made = ["summary.json"]
+    if pictures:
+        made = [*_draw(records, sizes, output), *made]
     summary = {
         "checkpoint": str(find_checkpoint(checkpoint)),
         "step": state.step,
@@ -77,12 +99,23 @@ def inspect(
         "device": _device_name(chosen_device),
         "dtype": dtype,
         "nsa": config.to_dict(),
-        "layers": _examine(model.to(_DTYPES[dtype]), tokens, config, output),
+        "layers": summarize(records, **sizes),
     }
-    file = output / "summary.json"
-    file.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     _print_summary(summary)
-    Console(highlight=False).print(f"Pictures and numbers are in {output}: selection.png, gates.png, {file.name}")
+    console = Console(markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{'Pictures and numbers' if pictures else 'Numbers'} are in {output}: {', '.join(made)}")
+    if dump is not None:
+        layers = {name: records[name].block_indices.cpu() for name in [list(records)[i] for i in dumped]}
+        origin = _origin(state, tokens, summary)
+        save_selections(dump, RecordedSelections(config, layers, origin))
+        shared = neighbour_overlap(torch.cat(list(layers.values()), 1), **sizes)
+        console.print(
+            f"Selections of {_count(len(layers), 'layer')} over {len(tokens):,} tokens are in {dump} "
+            f"({megabytes(dump.expanduser().stat().st_size)}); neighbouring queries share {shared:.0%} of the blocks "
+            f"that they choose"
+        )
 
 
 def _content(text: Path | None, prompt: str | None) -> list[int]:
@@ -99,8 +132,11 @@ def _content(text: Path | None, prompt: str | None) -> list[int]:
         raise bad("--text", "a file that can be read", f"{str(text)!r} ({error.strerror})") from error
 
 
-def _sparse_config(checkpoint: Path) -> NSAConfig:
-    """Sizes of the sparse attention of the checkpoint; refuses one that has none, or reads no bytes."""
+def _sparse_config(checkpoint: Path) -> tuple[NSAConfig, int]:
+    """Sizes of the sparse attention of the checkpoint, and its number of layers.
+
+    Refuses one that has no sparse attention, or reads no bytes.
+    """
     model_config = read_byte_state(find_checkpoint(checkpoint)).model_config
     if model_config["attention"] != "nsa":
         got = f"{str(checkpoint)!r}, whose model has attention={model_config['attention']!r}"
@@ -108,7 +144,7 @@ def _sparse_config(checkpoint: Path) -> NSAConfig:
     if model_config["vocab_size"] != VOCAB_SIZE:
         got = f"one of {model_config['vocab_size']} tokens"
         raise bad("checkpoint", f"one of a model of bytes, with {VOCAB_SIZE} tokens", got)
-    return NSAConfig.from_dict(model_config["nsa"])
+    return NSAConfig.from_dict(model_config["nsa"]), model_config["num_layers"]
 
 
 def _tokens(content: list[int], config: NSAConfig, max_tokens: int) -> Tensor:
@@ -124,17 +160,48 @@ def _tokens(content: list[int], config: NSAConfig, max_tokens: int) -> Tensor:
     return torch.tensor([END_OF_TEXT, *content[: max_tokens - 1]])
 
 
-def _examine(model: LanguageModel, tokens: Tensor, config: NSAConfig, output: Path) -> dict[str, Any]:
-    """Runs the model once, draws what its layers recorded, and returns the numbers."""
-    from ..plots import gates_figure, save_png, selection_figure
+def _dumped_layers(numbers: str | None, num_layers: int) -> list[int]:
+    """The layers to write, ascending."""
+    if numbers is None:
+        return list(range(num_layers))
+    chosen = sorted(set(layer_numbers("--dump-layers", numbers)))
+    if chosen[-1] >= num_layers:
+        raise bad("--dump-layers", f"layers of the model, 0 to {num_layers - 1}", chosen[-1])
+    return chosen
 
+
+def _read(model: LanguageModel, tokens: Tensor) -> dict[str, AttentionRecord]:
+    """What the layers record while the model reads the text once."""
     with record_attention(model) as records, torch.inference_mode():
         model(tokens)
-    sizes = {name: getattr(config, name) for name in ("block_size", "num_init_blocks", "num_local_blocks")}
+    return records
+
+
+def _draw(records: Mapping[str, AttentionRecord], sizes: dict[str, int], output: Path) -> list[str]:
+    """Draws what was recorded, and returns the names of the pictures."""
+    from ..plots import gates_figure, save_png, selection_figure
+
     selections = {name: record.block_indices for name, record in records.items()}
     save_png(selection_figure(selections, **sizes), output / "selection.png")
     save_png(gates_figure({name: record.gates for name, record in records.items()}), output / "gates.png")
-    return summarize(records, **sizes)
+    return ["selection.png", "gates.png"]
+
+
+def _origin(state: CheckpointState, tokens: Tensor, summary: dict[str, Any]) -> dict[str, Any]:
+    """Where selections come from. Of the text only a hash: it may be anyone's, and the file is to be passed on."""
+    text = bytes(tokens[1:].tolist())
+    return {
+        "model": state.model_config,
+        "step": state.step,
+        "text_sha256": hashlib.sha256(text).hexdigest(),
+        "device": summary["device"],
+        "dtype": summary["dtype"],
+        "versions": versions(),
+    }
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _print_versions(device: torch.device) -> None:

@@ -81,6 +81,15 @@ def keep_until(path: Path, step: int) -> None:
         beside.write_text("".join(map(_line, kept)), encoding="utf-8")
 
 
+def significant(value: float) -> float:
+    """The number with four significant digits: decimals would make nothing of small ones.
+
+    >>> significant(0.412345), significant(0.0000412345)
+    (0.4123, 4.123e-05)
+    """
+    return float(f"{value:.4g}")
+
+
 def draw_loss_curve(
     records: Sequence[StepRecord], unigram_entropy: float | None, path: Path, unit: str = "byte"
 ) -> None:

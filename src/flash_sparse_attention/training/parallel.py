@@ -6,6 +6,7 @@ here of a group of processes holds for one as well, which then talks to nobody.
 
 from __future__ import annotations
 
+import atexit
 import datetime
 import os
 from collections.abc import Iterable, Sequence
@@ -70,12 +71,21 @@ class Group:
         torch.cuda.set_device(self.local_rank)
         return torch.device("cuda", self.local_rank)
 
-    def connect(self, device: torch.device) -> bool:
-        """Lets the processes find each other. Returns whether that was still to be done."""
+    def connect(self, device: torch.device) -> None:
+        """Lets the processes find each other, where that is still to be done.
+
+        They stay connected until they end: to meet a second time, at the place that torchrun has named, they would find
+        there what they left the first time.
+        """
         if self.size == 1 or dist.is_initialized():
-            return False
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
-        return True
+            return
+        cuda = device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            timeout=_TIMEOUT,
+            device_id=torch.device("cuda", self.local_rank) if cuda else None,
+        )
+        atexit.register(_disconnect)
 
     def share(self, items: Sequence[int]) -> Sequence[int]:
         """The part of this process of what is dealt to all in turn."""
@@ -120,6 +130,11 @@ class Group:
         for layer in layers:
             fully_shard(layer, **options)
         fully_shard(model, **options)
+
+
+def _disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def whole(tensor: Tensor, keep: bool = True) -> Tensor | None:

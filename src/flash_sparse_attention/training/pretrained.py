@@ -25,6 +25,7 @@ from .config import TrainConfig
 from .data import Corpus, Pack
 from .documents import optional
 from .flops import AttentionCost, ModelCost, unused_weights
+from .parallel import Group
 from .tasks import Task
 from .tokens import Tokenizer, read_tokens
 
@@ -42,12 +43,14 @@ class PackedCausalLM(nn.Module):
     Args:
         model: what `AutoModelForCausalLM.from_pretrained` or `convert` returns.
         compiled: whether its layers are to be compiled.
+        group: the processes that the model is spread over; all of them must call it alike.
     """
 
-    def __init__(self, model: Any, compiled: bool = False) -> None:
+    def __init__(self, model: Any, compiled: bool = False, group: Group | None = None) -> None:
         super().__init__()
         self.model = model
         self.compiled = compiled
+        self.group = Group() if group is None else group
         self.sparse = any(nsa_of(layer) is not None for layer in decoder_of(model).layers)
         self._hidden: Tensor | None = None
         self._plain_head: bool | None = None
@@ -72,8 +75,11 @@ class PackedCausalLM(nn.Module):
             head = self.model.get_output_embeddings()
             if self._plain_head is None:
                 with torch.no_grad():
-                    # To the bit: a cap far above the logits of a young model hardly changes them.
-                    self._plain_head = torch.equal(logits[0], head(hidden[0, -1:]))
+                    # To the bit: a cap far above the logits of a young model hardly changes them. What is no number
+                    # says nothing.
+                    found, alone = (x.nan_to_num() for x in (logits[0], head(hidden[0, -1:])))
+                    # One answer for all processes: to gather weights, each waits for the others.
+                    self._plain_head = not self.group.largest(int(not torch.equal(found, alone)), hidden.device)
             if self._plain_head:
                 return _losses(head, hidden[0], targets)
         logits = self._logits(tokens, layout)
@@ -103,13 +109,15 @@ class TransformersTask(Task):
     Args:
         config: of the run.
         folder: of the model and the tokenizer: `config.pretrained`, or the checkpoint to continue from.
+        group: the processes of the run.
 
     Raises:
         ValueError: if transformers or the tokenizer is missing.
     """
 
-    def __init__(self, config: TrainConfig, folder: str | Path) -> None:
+    def __init__(self, config: TrainConfig, folder: str | Path, group: Group) -> None:
         super().__init__(config)
+        self.group = group
         self.folder = str(folder)
         self.transformers = optional("transformers", "train", "training a model of transformers")
         # Makes converted models known to transformers.
@@ -151,7 +159,7 @@ class TransformersTask(Task):
             raise bad("pretrained", expected, f"{self.folder!r} with {known}", "its tokenizer is another model's")
         if config.gradient_checkpointing:
             _enable_checkpointing(model)
-        return PackedCausalLM(model, config.compile)
+        return PackedCausalLM(model, config.compile, self.group)
 
     def layers(self, model: nn.Module) -> Sequence[nn.Module]:
         assert isinstance(model, PackedCausalLM)

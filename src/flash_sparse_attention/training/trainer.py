@@ -195,7 +195,7 @@ class Trainer:
         self._board: log.Board | None = None
         self._overwrite = overwrite
         begun_from = _check_output(self.output, resume, overwrite, config.pretrained)
-        self.task = _task(config, begun_from)
+        self.task = _task(config, begun_from, self.group)
 
         # Before the processes meet, where those that wait for the text would run out of time.
         self.corpus = self.task.read_corpus(self.output, self.group.local_rank == 0, self.progress.tokenised)
@@ -210,7 +210,7 @@ class Trainer:
         self.model = self.task.build(begun_from, self.corpus.max_token)
         self._cost = self.task.cost(self.model)
         self._peak_flops = peak_flops(self.device)
-        self._connected = self.group.connect(self.device)
+        self.group.connect(self.device)
         layers = self.task.layers(self.model)
         self.group.shard(self.model, layers, self.device, self.autocast_dtype)
         if self.group.size > 1:
@@ -255,8 +255,6 @@ class Trainer:
         finally:
             if self._board is not None:
                 self._board.close()
-            if self._connected:
-                torch.distributed.destroy_process_group()
 
     def _run(self) -> TrainResult:
         config = self.config
@@ -349,7 +347,7 @@ class Trainer:
             tokens_per_s=round(tokens / seconds, 1),
             total_tokens=self.total_tokens,
             elapsed_s=0.0,
-            mfu=self._peak_flops and round(flops / seconds / self._peak_flops / self.group.size, 4),
+            mfu=self._peak_flops and log.significant(flops / seconds / self._peak_flops / self.group.size),
             peak_memory_gib=_peak_memory_gib(self.device),
         )
 
@@ -411,7 +409,7 @@ def draw_curve(output: Path) -> Path:
     return output / CURVE_FILE
 
 
-def _task(config: TrainConfig, checkpoint: Path | None) -> Task:
+def _task(config: TrainConfig, checkpoint: Path | None, group: Group) -> Task:
     if checkpoint is not None:
         before = checkpoints.read_state(checkpoint).train_config.get("pretrained")
         if (before is None) != (config.pretrained is None):
@@ -419,7 +417,7 @@ def _task(config: TrainConfig, checkpoint: Path | None) -> Task:
             raise bad("pretrained", expected, repr(config.pretrained), "start a new run")
     if config.pretrained is None:
         return ByteTask(config)
-    return TransformersTask(config, config.pretrained if checkpoint is None else checkpoint)
+    return TransformersTask(config, config.pretrained if checkpoint is None else checkpoint, group)
 
 
 def _compile(layers: Sequence[nn.Module]) -> None:

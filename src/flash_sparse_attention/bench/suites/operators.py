@@ -14,6 +14,7 @@ from ... import functional, geometry
 from ...accuracy import plain
 from ...accuracy.budgets import compare_selection
 from ...geometry import Interval
+from ...selections import neighbour_overlap
 from ...types import SequenceLayout
 from .. import baselines, costs, inputs
 from ..cases import Bench, Case, Refusal, Variant
@@ -57,10 +58,7 @@ def cases(shape: Shape, bench: Bench, compile_baselines: bool, recorded: Tensor 
 
 def full_case(shape: Shape, x: inputs.Inputs, bench: Bench, compile_baselines: bool) -> Case:
     """Full attention, by all that there is for it."""
-    found = [
-        _baseline(one, shape, compile_baselines, seconds=_full_seconds(shape))
-        for one in baselines.full_attention(bench.device)
-    ]
+    found = [_baseline(one, shape, compile_baselines) for one in baselines.full_attention(bench.device)]
     return Case(
         FULL, shape.dense(), shape.heads, _leaves(x.q, x.k, x.v), found,
         {way: costs.full(shape, way) for way in ATTENTION_DIRECTIONS}, _interval_expected(Interval()),
@@ -107,17 +105,19 @@ def selected_case(shape: Shape, x: inputs.Inputs, block_indices: Tensor) -> Case
         rows = given["q"][first:last], given["k"][:last], given["v"][:last], given["block_indices"][first:last]
         return plain.attend(operator, *rows, layout, "reference").out
 
+    nsa = {name: getattr(shape.nsa, name) for name in ("block_size", "num_init_blocks", "num_local_blocks")}
+    notes = f"neighbouring queries share {neighbour_overlap(block_indices, **nsa):.0%} of the blocks that they choose"
     cost = {way: costs.selected(shape, block_indices, way) for way in ATTENTION_DIRECTIONS}
     if x.q.device.type == "cuda":
         moved = {way: costs.selected(shape, block_indices, way, kv_outer=True) for way in ATTENTION_DIRECTIONS}
         found = [
-            Variant("kv_outer", partial(run, impl="triton", loop_order="kv_outer"), costs=moved),
+            Variant("kv_outer", partial(run, impl="triton", loop_order="kv_outer"), costs=moved, notes=notes),
             Variant("query_outer", partial(run, impl="triton", loop_order="query_outer"), ours=False),
         ]
         fla = baselines.selected_by_fla(block_indices, size)
         found.append(_baseline(fla, shape, True))
     else:
-        found = [Variant("blockwise", partial(run, impl="blockwise"))]
+        found = [Variant("blockwise", partial(run, impl="blockwise"), notes=notes)]
     leaves = {**_leaves(x.q, x.k, x.v), "block_indices": block_indices}
     return Case("selected attention", shape.selected(), shape.heads, leaves, found, cost, expected)
 
@@ -239,7 +239,7 @@ def _ours(x: Tensor, run: Callable[[Tensors], Tensor]) -> Variant:
     return Variant("triton" if x.device.type == "cuda" else "blockwise", run)
 
 
-def _baseline(one: baselines.Baseline, shape: Shape, compile_it: bool, seconds: float = 0.0) -> Variant:
+def _baseline(one: baselines.Baseline, shape: Shape, compile_it: bool) -> Variant:
     made: dict[str, baselines.Attention] = {}
 
     def run(given: Tensors) -> Tensor:
@@ -249,12 +249,7 @@ def _baseline(one: baselines.Baseline, shape: Shape, compile_it: bool, seconds: 
             made[""] = one.make(shape)
         return made[""](given["q"], given["k"], given["v"])
 
-    return Variant(one.name, run, ours=False, seconds=seconds)
-
-
-def _full_seconds(shape: Shape) -> float:
-    """Of a forward and backward pass of full attention at the least: no device of today makes 2e15 FLOP/s."""
-    return sum(costs.full(shape, way).flops for way in ATTENTION_DIRECTIONS) / 2e15
+    return Variant(one.name, run, ours=False)
 
 
 def _leaf(x: Tensor) -> Tensor:

@@ -156,7 +156,8 @@ def rotations_of(rotary_emb: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], 
 
     def compute(positions: Tensor) -> Rotation:
         like = torch.empty(0, device=positions.device, dtype=wide)
-        cos, sin = rotary_emb(like, positions[None])
+        # Of a model that is spread over devices it may be on another one than the first layers.
+        cos, sin = (x.to(positions.device) for x in rotary_emb(like, positions[None]))
         # It holds every angle twice, for both halves of the channels.
         half = cos.shape[-1] // 2
         return Rotation(cos[0, :, :half].contiguous(), sin[0, :, :half].contiguous())

@@ -316,6 +316,8 @@ def _with_last_repeated(output: Any, tokens: Tensor) -> Any:
     `generate` takes the last column in any case, and so goes on behind the last token, whichever side is padded.
     """
     hidden = output[0]
+    # The last layer of a model that is spread over devices is on another one than the first.
+    tokens = tokens.to(hidden.device)
     rows, columns = hidden.shape[:2]
     column = torch.arange(columns, device=hidden.device)
     real = torch.zeros(rows * columns, dtype=torch.bool, device=hidden.device).index_fill(0, tokens, True)

@@ -1,0 +1,411 @@
+"""`fsa bench`: timing, models of cost, checks, and the suites of operators, whole attention and memory on a CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flash_sparse_attention import NSAConfig, functional
+from flash_sparse_attention.bench import baselines, checks, costs, inputs, machine, shapes, timing
+from flash_sparse_attention.bench.cases import Bench, Case, Refusal, Variant
+from flash_sparse_attention.bench.results import FULL, Report
+from flash_sparse_attention.bench.run import Options, run
+from flash_sparse_attention.bench.shapes import Shape
+from flash_sparse_attention.bench.suites import attention, memory, operators
+from flash_sparse_attention.cli import app
+from flash_sparse_attention.geometry import Interval
+
+CPU = torch.device("cpu")
+NSA = NSAConfig(kernel_size=8, kernel_stride=4, block_size=8, num_selected_blocks=4, window_size=12)
+SMALL = Shape(75, 4, 2, 16, 8, NSA, torch.float32)
+EFFORT = timing.Effort(warm_up_ms=0.0, target_ms=0.0, min_repeats=2, max_repeats=2)
+
+
+class FakeClock:
+    """Takes as long as the runs say, and remembers their order."""
+
+    def __init__(self):
+        self.order = []
+
+    def time(self, run, host_ms):
+        name, ms = run()
+        self.order.append(name)
+        return timing.Taken(ms, host_ms + 1.0)
+
+
+@pytest.fixture
+def bench():
+    return Bench(CPU, timing.CpuClock(), EFFORT)
+
+
+def test_long_runs_are_done_less_often_and_all_over_the_time():
+    clock = FakeClock()
+    effort = timing.Effort(warm_up_ms=0.0, target_ms=100.0, min_repeats=2, max_repeats=10)
+    runs = {"short": lambda: ("short", 1.0), "long": lambda: ("long", 25.0), "longest": lambda: ("longest", 90.0)}
+    times = timing.interleaved(runs, clock, effort)
+    assert {name: one.repeats for name, one in times.items()} == {"short": 10, "long": 4, "longest": 2}
+    assert {name: one.median for name, one in times.items()} == {"short": 1.0, "long": 25.0, "longest": 90.0}
+    assert len(clock.order) == 3 + 16
+    places = [place for place, name in enumerate(clock.order[3:]) if name == "long"]
+    assert max(b - a for a, b in itertools.pairwise(places)) <= 6
+
+
+def test_warm_up_is_by_time_and_hands_on_the_time_of_the_host():
+    clock = FakeClock()
+    timing.interleaved({"a": lambda: ("a", 2.0)}, clock, timing.Effort(warm_up_ms=9.0, target_ms=0.0, min_repeats=2))
+    assert len(clock.order) == 5 + 2
+    assert timing.interleaved({}, clock, EFFORT) == {}
+
+
+def test_quartiles():
+    one = timing.timing([4.0, 1.0, 3.0, 2.0, 5.0], [0.5, 1.5])
+    assert (one.first_quartile, one.median, one.third_quartile, one.host_ms) == (2.0, 3.0, 4.0, 1.0)
+    assert one.spread == pytest.approx(2 / 3)
+    assert timing.timing([7.0], [1.0]).spread == 0
+
+
+def visible(shape, interval):
+    """Pairs counted one by one."""
+    return sum(max(0, interval.end(t) - interval.start(t)) for t in range(shape.tokens))
+
+
+@pytest.mark.parametrize("interval", [Interval(), Interval(window_size=12), Interval(8, 4)])
+def test_pairs_of_intervals_are_counted(interval):
+    assert costs.interval_pairs(75, interval) == visible(SMALL, interval)
+
+
+def test_pairs_of_selections_are_counted():
+    selection = inputs.random_selection(SMALL, CPU)
+    seen = sum(
+        8 * block + i <= token
+        for token, heads in enumerate(selection.tolist())
+        for row in heads
+        for block in row
+        if block >= 0
+        for i in range(8)
+    )
+    assert costs.selected_pairs(selection, 8) == seen
+    # Every token keeps as many blocks as it may, so that the sum of the parts is what the whole attention says.
+    dims = SMALL.head_dim + SMALL.head_dim_v
+    parts = (
+        2.0
+        * dims
+        * SMALL.heads
+        * (seen // SMALL.kv_heads + sum(visible(SMALL, one) for one in (Interval(8, 4), Interval(window_size=12))))
+    )
+    assert costs.whole(SMALL, "forward").flops == parts + costs.selection(SMALL).flops
+
+
+def test_costs_of_full_attention():
+    shape = Shape(4, 2, 1, 16, 8, dtype=torch.bfloat16)
+    forward, backward = (costs.full(shape, way) for way in ("forward", "backward"))
+    assert forward.flops == 2 * (16 + 8) * 2 * 10
+    assert backward.flops == 2 * (3 * 16 + 2 * 8) * 2 * 10
+    # q, out, k and v in bfloat16, lse in float32.
+    assert forward.bytes == 4 * 2 * (16 + 8) * 2 + 4 * 2 * 4 + 4 * (16 + 8) * 2
+    assert backward.bytes == 2 * forward.bytes
+
+
+def test_random_selections_hold_the_forced_blocks_and_no_future():
+    selection = inputs.random_selection(SMALL, CPU)
+    assert selection.shape == (75, 2, 4)
+    assert selection.dtype == torch.int32
+    for token, heads in enumerate(selection.tolist()):
+        own = token // 8
+        for row in heads:
+            kept = [block for block in row if block >= 0]
+            assert kept == sorted(set(kept))
+            assert len(kept) == min(own + 1, 4)
+            assert {0, own, max(own - 1, 0)} <= set(kept)
+            assert max(kept) == own
+    assert torch.equal(selection, inputs.random_selection(SMALL, CPU))
+
+
+@pytest.mark.parametrize(("tokens", "heads"), [(1, 4), (20, 4), (75, 4), (100_000, 64), (1 << 20, 64)])
+def test_pieces_lie_apart_and_in_the_sequence(tokens, heads):
+    pieces = checks.pieces(tokens, heads)
+    assert pieces[0][0] == 0
+    assert pieces[-1][1] == tokens
+    assert all(first < last for first, last in pieces)
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(pieces))
+    assert max(last - first for first, last in pieces) * tokens * heads <= max(
+        checks._MAX_SCORES, 3 * tokens * heads * 16
+    )
+
+
+def names(rows):
+    return {(row.operator, row.variant, row.direction) for row in rows}
+
+
+def test_the_suite_of_operators(bench):
+    [(title, cases)] = operators.groups([SMALL], bench, False, lambda shape: inputs.random_selection(shape, CPU, 3))
+    assert title == "75 tokens, 4/2 heads of 16/8, 4 blocks of 8"
+    rows = bench.measure("operators", cases)
+    with_both = ("selected attention", "compressed attention", "sliding window", "compress", "combine")
+    expected = {(operator, "blockwise", way) for operator in with_both for way in ("forward", "backward")}
+    expected |= {("block selection", "blockwise", "forward"), ("inverted index", "triton", "forward")}
+    expected |= {(FULL, "sdpa", "forward"), (FULL, "sdpa", "backward")}
+    assert names(rows) == expected
+    for row in rows:
+        if row.operator == "inverted index":
+            assert row.ms is None
+            assert "sort a selection as they go" in row.skipped
+            continue
+        assert row.ms is not None, row
+        assert row.ms.median > 0
+        assert row.bytes > 0
+        assert row.check
+        assert all(0 <= share <= 1 for share in row.check.values()), row
+    assert {row.inputs for row in rows if row.operator == "selected attention"} == {"random", "recorded"}
+    gradients = {row.operator: set(row.check) for row in rows if row.direction == "backward"}
+    assert gradients["selected attention"] == {"out", "grad q", "grad k", "grad v"}
+    assert gradients["combine"] == {"out", "grad compressed", "grad selected", "grad window", "grad gates"}
+
+
+def test_a_sequence_without_a_window_has_no_compressed_branch(bench):
+    tiny = dataclasses.replace(SMALL, tokens=5)
+    [(_, cases)] = operators.groups([tiny], bench, False, lambda shape: None)
+    assert not {"compress", "compressed attention", "block selection"} & {case.operator for case in cases}
+    assert all(row.ms is not None for row in bench.measure("operators", cases) if row.operator != "inverted index")
+
+
+@pytest.mark.parametrize("operator", ["selected_attention", "interval_attention", "combine", "compress"])
+def test_what_is_wrong_gets_no_time(bench, monkeypatch, operator):
+    right = getattr(functional, operator)
+
+    def wrong(*args, impl="auto", **options):
+        out = right(*args, impl=impl, **options)
+        if impl == "reference":
+            return out
+        if operator in ("combine", "compress"):
+            return out * 1.01
+        # One row of the last piece, a little.
+        rows = torch.ones(len(out.out), 1, 1)
+        rows[-2] = 1.01
+        return out._replace(out=out.out * rows)
+
+    monkeypatch.setattr(functional, operator, wrong)
+    [(_, cases)] = operators.groups([SMALL], bench, False, lambda shape: None)
+    rows = bench.measure("operators", cases)
+    failed = [row for row in rows if row.skipped.startswith("failed: wrong")]
+    assert failed
+    assert all(row.ms is None and max(row.check.values()) > 1 for row in failed)
+    touched = {"selected_attention": "selected attention", "interval_attention": "sliding window"}.get(
+        operator, operator
+    )
+    assert touched in {row.operator for row in failed}
+
+
+def test_a_wrong_selection_gets_no_time(bench, monkeypatch):
+    right = functional.select_blocks
+    monkeypatch.setattr(functional, "select_blocks", lambda *args, **options: right(*args, **options).flip(0))
+    [(_, cases)] = operators.groups([SMALL], bench, False, lambda shape: None)
+    [row] = [row for row in bench.measure("operators", cases) if row.operator == "block selection"]
+    assert row.ms is None
+    assert row.skipped.startswith("failed: wrong structure")
+
+
+def test_gradients_alone_can_be_wrong(bench):
+    x = inputs.draw(SMALL, CPU)
+
+    def run(given):
+        out = functional.combine(given["a"], given["a"], given["a"], given["gates"])
+        return out + (given["a"] - given["a"].detach())
+
+    def expected(given, first, last, layout):
+        a = given["a"][first:last]
+        return functional.combine(a, a, a, given["gates"][first:last], impl="reference")
+
+    leaves = {"a": torch.randn(75, 4, 8).requires_grad_(), "gates": x.gates}
+    found = checks.check(run, expected, leaves, 4, gradients=True)
+    assert found["out"] <= 1
+    assert found["grad a"] > 1
+    assert found["grad gates"] <= 1
+
+
+def measured(bench, *variants, **options):
+    x = torch.randn(30, 2, 4).requires_grad_()
+    case = Case(
+        "double", {"tokens": 30}, 2, {"x": x}, variants,
+        {"forward": costs.Cost(1.0, 1.0), "backward": costs.Cost(2.0, 1.0)},
+        lambda given, first, last, layout: 2 * given["x"][first:last], **options,
+    )  # fmt: skip
+    return {(row.variant, row.direction): row for row in bench.measure("operators", [case])}
+
+
+def test_reasons_are_kept(bench):
+    def refuse(given):
+        raise Refusal("no even heads")
+
+    def crash(given):
+        raise RuntimeError("no\n  kernel")
+
+    rows = measured(
+        bench,
+        Variant("good", lambda given: given["x"] + given["x"]),
+        Variant("refuses", refuse, ours=False),
+        Variant("crashes", crash, ours=False),
+        Variant("ours crashes", crash),
+        Variant("near", lambda given: given["x"] * (2 + 4e-6), ours=False),
+        Variant("far", lambda given: given["x"] * 2.1, ours=False),
+    )
+    assert rows["good", "backward"].flops == 2.0
+    assert rows["good", "forward"].tflop_per_s > 0
+    assert rows["refuses", "backward"].skipped == "no even heads"
+    assert rows["crashes", "forward"].skipped == "refused: RuntimeError: no kernel"
+    assert rows["ours crashes", "forward"].skipped == "failed: RuntimeError: no kernel"
+    assert rows["far", "forward"].skipped.startswith("failed: wrong out")
+    assert [name for (name, way), row in rows.items() if row.ms is not None and way == "forward"] == ["good", "near"]
+
+
+def test_what_takes_too_long_is_left_out():
+    slow = Bench(CPU, timing.CpuClock(), EFFORT, max_run_s=2.0, flop_per_s=1.0)
+    rows = measured(slow, Variant("slow", lambda given: pytest.fail("must not run")))
+    assert rows["slow", "forward"].skipped == "takes at least 3 s"
+
+
+def test_the_suite_of_the_whole_attention(bench):
+    [(_, cases)] = attention.groups([SMALL], bench, False)
+    rows = bench.measure("attention", cases)
+    assert names(rows) == {
+        (operator, variant, way)
+        for operator, variant in (("whole attention", "blockwise"), (FULL, "sdpa"))
+        for way in ("forward", "backward")
+    }
+    whole = next(row for row in rows if row.operator == "whole attention")
+    assert {"out", "grad q", "grad k", "grad v", "grad gates", "structure", "importance"} == set(whole.check)
+    assert max(whole.check.values()) <= 1
+
+
+def test_the_selection_of_the_whole_attention_is_checked(bench, monkeypatch):
+    right = functional.nsa_attention
+
+    def wrong(*args, **options):
+        chosen = right(*args, **options).block_indices.clone()
+        chosen[-1, :, 1:3] = torch.tensor([1, 2])
+        out = right(*args, **options)
+        return out._replace(block_indices=chosen)
+
+    monkeypatch.setattr(functional, "nsa_attention", wrong)
+    rows = bench.measure("attention", [attention.whole_case(SMALL, inputs.draw(SMALL, CPU))])
+    assert all(row.ms is None for row in rows)
+
+
+def test_memory_of_a_process_of_its_own(bench):
+    [row] = memory.cpu_rows([SMALL], bench)
+    assert row.memory["peak"] > 50 * 2**20
+    assert (row.operator, row.direction, row.ms) == ("whole attention", "both", None)
+
+
+def test_shapes_of_presets():
+    assert [str(shape) for shape in shapes.operator_shapes("nsa-27b", (8192,))] == [
+        "8,192 tokens, 64/4 heads of 192/128, 16 blocks of 64"
+    ]
+    assert len(shapes.operator_shapes("paper")) == 4 * 2 * 4
+    assert {shape.group for shape in shapes.attention_shapes("default")} == {1, 2, 4, 8, 16}
+    assert [shape.tokens for shape in shapes.attention_shapes("qwen3-14b", (16, 32), heads=4, kv_heads=2)] == [16, 32]
+    with pytest.raises(ValueError, match="preset must be"):
+        shapes.operator_shapes("gpt-2")
+    with pytest.raises(ValueError, match="num_heads must be a multiple"):
+        Shape(16, 6, 4)
+    for text in ("", "1,,2", "8T", "0", "-1"):
+        with pytest.raises(ValueError, match="--lengths must be"):
+            shapes.parse_lengths(text)
+
+
+def test_what_a_baseline_refuses():
+    with pytest.raises(Refusal, match=r"query heads|not installed"):
+        baselines.whole_by_fla(SMALL)
+    assert baselines.versions(CPU, SMALL)["sdpa"] == torch.__version__
+
+
+def test_the_environment():
+    found = machine.environment(CPU, commit="abc")
+    assert (found["commit"], found["kind"], found["torch"]) == ("abc", "cpu", torch.__version__)
+    assert found["method"]
+    assert machine.clocks(CPU) == {}
+    rates = machine.measure_roofline(CPU, timing.CpuClock(), EFFORT, (torch.float32,))
+    assert rates.copy_tb_per_s > 0
+    assert rates.product_tflop_per_s["float32"] > 0
+
+
+def test_a_run_keeps_what_it_has_after_every_group(tmp_path):
+    changes = {
+        **{"heads": 4, "kv_heads": 2, "head_dim": 16, "head_dim_v": 16},
+        **{"block_size": 8, "num_selected_blocks": 4, "window_size": 12, "kernel_size": 8, "kernel_stride": 4},
+    }
+    options = Options(
+        ("attention",), CPU, lengths=(40, 50), changes=changes, quick=True, selections="random", commit="c"
+    )
+    sizes = []
+    report = run(options, "fsa bench", group_done=lambda title, rows, report: sizes.append(len(report.rows)))
+    assert sizes == [4, 8]
+    assert {row.shape["block_size"] for row in report.rows if row.operator != FULL} == {8}
+    assert len(list(report.gains())) == 4
+    report.save(tmp_path / "a" / "bench.json")
+    assert Report.load(tmp_path / "a" / "bench.json") == report
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
+
+
+SIZES = ("--heads", 4, "--kv-heads", 2, "--head-dim", 16, "--slots", 4, "--window-size", 32, "--device", "cpu")
+
+
+def test_the_command(tmp_path):
+    file = tmp_path / "b.json"
+    common = ("--quick", "--suites", "attention", "--lengths", "130", *SIZES, "--output", file)
+    result = invoke(*common)
+    assert result.exit_code == 0, result.output
+    assert "There is no GPU in use here" in result.output
+    assert "whole attention" in result.output
+    content = json.loads(file.read_text())
+    assert content["environment"]["kind"] == "cpu"
+    assert {row["shape"]["tokens"] for row in content["rows"]} == {130}
+    again = invoke(*common)
+    assert isinstance(again.exception, ValueError)
+    assert "--overwrite" in str(again.exception)
+    assert json.loads(file.read_text()) == content
+    assert invoke(*common, "--overwrite").exit_code == 0
+
+
+def test_the_command_fails_with_what_is_wrong(tmp_path, monkeypatch):
+    right = functional.nsa_attention
+
+    def wrong(*args, **options):
+        out = right(*args, **options)
+        return out._replace(out=out.out * math.pi)
+
+    monkeypatch.setattr(functional, "nsa_attention", wrong)
+    result = invoke("--quick", "--suites", "attention", "--lengths", "130", *SIZES, "--output", tmp_path / "b.json")
+    assert result.exit_code == 1
+    assert "failed: wrong out" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suites", "operators,kernels"], "--suites must be"),
+        (["--preset", "gpt-2"], "preset must be"),
+        (["--lengths", "many"], "--lengths must be"),
+        (["--dtype", "int8"], "--dtype must be"),
+        (["--heads", "0"], "heads must be"),
+        (["--selections", "real"], "selections must be"),
+        (["--layers", "all"], "--layers must be"),
+        (["--batch", "0"], "--batch must be"),
+        (["--heads", "6", "--kv-heads", "4", "--suites", "attention", "--quick"], "num_heads must be a multiple"),
+    ],
+)
+def test_the_command_refuses(tmp_path, arguments, message):
+    file = tmp_path / "b.json"
+    result = invoke(*arguments, "--device", "cpu", "--output", file)
+    assert isinstance(result.exception, ValueError), result.output
+    assert message in str(result.exception)
+    assert not file.exists()
