@@ -127,7 +127,7 @@ def _groups(suite: str, options: Options, bench: Bench) -> Iterator[tuple[str, l
     """Titles and rows of the groups of a suite."""
     module = importlib.import_module(f"{__package__}.suites.{suite}")
     if suite in ("decode", "model"):
-        yield suite, module.rows(module.options(options.quick, bench.device, **_given(suite, options)), bench)
+        yield from module.groups(module.options(options.quick, bench.device, **_given(suite, options)), bench)
         return
     chosen = options.shapes(suite)
     if suite == "memory" and bench.device.type == "cpu":

@@ -1,0 +1,600 @@
+"""Training steps and prefill of decoders of transformers at length: sparse attention in both loop orders, and full.
+
+The widths are those of published models, the weights random, and without the vocabulary's embedding and output layer,
+which belong to a whole model once and not to a few layers. All variants of a row have one set of weights, and are run
+in turn: a decoder for each, whose modules share their parameters. The sparse ones are what `convert` makes, with the
+`fsa` preset.
+
+training step    forward, backward with every layer computed again (gradient checkpointing), fused AdamW whose states
+                 have the dtype of the weights; one sequence
+prefill          reads one sequence into an empty cache
+
+Layers are compiled by `torch.compile`, and all of a decoder run one graph: which cache is a layer's is found outside of
+it. Before anything is timed, hidden states behind the first layers are compared: those of the two loop orders, and on
+the first tokens, where full and sparse attention see the same, those of both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import gc
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from ...config import NSAConfig
+from ...training.flops import AttentionCost, ModelCost, unused_weights
+from ...validation import bad, check_choice, check_positive
+from ..cases import Bench
+from ..results import Row
+from ..timing import first_run_s, interleaved, synchronize
+
+SUITE = "model"
+TRAINING, PREFILL = OPERATORS = ("training step", "prefill")
+FIT = "fit"
+# As many of the first and of the last tokens are compared, behind so many layers.
+SAME_TOKENS, SAME_LAYERS = 512, 4
+# The first tokens see the same with full and with sparse attention, but for the compressed branch.
+GATES = (1e-4, 0.5, 0.5 - 1e-4)
+# Relative distance; two ways to compute the same in bfloat16 are 0.02 apart after four layers.
+SAME = 0.04
+# Share of the free memory that is planned with, and what a token takes while a layer is computed again and its backward
+# pass runs, in numbers of the dtype; 3.4 and 10.2 were measured with four layers of three models at 65,536 tokens.
+PLANNED = 0.95
+WORKSPACE = {"intermediate_size": 4, "hidden_size": 14}
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Of config.json of a published model.
+
+    Attributes:
+        model_type: architecture of transformers.
+        fields: of its configuration.
+        layers: of the whole model.
+    """
+
+    model_type: str
+    fields: dict[str, int]
+    layers: int
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a head."""
+        return self.fields.get("head_dim", self.fields["hidden_size"] // self.fields["num_attention_heads"])
+
+    @property
+    def channels(self) -> int:
+        """Of all query heads."""
+        return self.fields["num_attention_heads"] * self.head_dim
+
+
+def _widths(model_type: str, hidden: int, intermediate: int, heads: int, layers: int, **others: int) -> Widths:
+    sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_attention_heads": heads}
+    return Widths(model_type, {**sizes, "num_key_value_heads": 8, **others}, layers)
+
+
+MODELS = {
+    "llama-3-8b": _widths("llama", 4096, 14336, 32, 32),
+    "qwen3-14b": _widths("qwen3", 5120, 17408, 40, 40, head_dim=128),
+    "qwen2.5-32b": _widths("qwen2", 5120, 27648, 40, 64),
+    # Of nobody: to see that all works, on any device.
+    "tiny": _widths("llama", 64, 96, 4, 2, num_key_value_heads=2),
+}
+REAL = tuple(name for name in MODELS if name != "tiny")
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What to measure.
+
+    Attributes:
+        models: of `MODELS`.
+        lengths: tokens of the sequence.
+        layers: of each decoder; `fit` for as many as fit into memory, at most those of the model.
+        repeats: runs of each variant that count.
+        compile_layers: whether layers are compiled.
+        operators: of `OPERATORS`.
+        nsa: of the sparse layers; keys and values are shared by the branches.
+        dtype: of the weights.
+    """
+
+    models: tuple[str, ...] = REAL
+    lengths: tuple[int, ...] = (32768, 65536)
+    layers: int | str = FIT
+    repeats: int = 3
+    compile_layers: bool = True
+    operators: tuple[str, ...] = OPERATORS
+    nsa: NSAConfig = field(default_factory=lambda: NSAConfig.preset("fsa"))
+    dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        for name in self.models:
+            check_choice("models", name, tuple(MODELS))
+        for name in self.operators:
+            check_choice("operators", name, OPERATORS)
+        for length in self.lengths:
+            check_positive("lengths", length)
+        if self.layers != FIT:
+            check_positive("layers", self.layers)
+        check_positive("repeats", self.repeats)
+        if self.nsa.branch_kv != "shared":
+            raise bad("nsa", "with branch_kv='shared', as full attention has one k and v", self.nsa.branch_kv)
+
+
+def options(quick: bool, device: torch.device, **given: Any) -> ModelOptions:
+    """The options for a device; `given` are fields that were asked for."""
+    fields: dict[str, Any] = {}
+    if quick:
+        fields = {"models": REAL[:1], "lengths": (8192,), "layers": 2, "repeats": 2}
+    if device.type == "cpu":
+        fields |= {"dtype": torch.float32, "compile_layers": False}
+        if quick:
+            fields |= {"models": ("tiny",), "lengths": (128,)}
+    return ModelOptions(**fields | given)
+
+
+def rows(options: ModelOptions, bench: Bench) -> list[Row]:
+    """All rows of the suite."""
+    return [row for _, found in groups(options, bench) for row in found]
+
+
+def groups(options: ModelOptions, bench: Bench) -> Iterator[tuple[str, list[Row]]]:
+    """Title and rows of each model at each length."""
+    reason = ""
+    try:
+        from ...integrations import transformers  # noqa: F401
+    except ImportError as error:
+        reason = f"transformers cannot be used here: {error}"
+    if not reason and bench.device.type == "cpu" and "tiny" not in options.models:
+        reason = "the widths of real models are for GPUs; --quick runs tiny ones on a CPU"
+    if reason:
+        row = Row(SUITE, options.operators[0], "step", variants_on(bench.device)[0], True, {}, skipped=reason)
+        yield SUITE, [row]
+        return
+    for name in options.models:
+        for length in options.lengths:
+            title = f"{name}, {length:,} tokens"
+            bench.announce(title)
+            found = measured(name, length, options, bench)
+            yield f"{title}, {found[0].shape['layers']} layers", found
+
+
+def variants_on(device: torch.device) -> tuple[str, ...]:
+    """Sparse attention, ours first, then full attention."""
+    return ("kv_outer", "query_outer", "cudnn", "flash") if device.type == "cuda" else ("blockwise", "sdpa")
+
+
+_BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+_SPARSE = ("kv_outer", "query_outer", "blockwise")
+
+
+def measured(name: str, length: int, options: ModelOptions, bench: Bench) -> list[Row]:
+    """Rows of a model at a length, with as many layers as there is memory for if they shall fit."""
+    fit = options.layers == FIT
+    layers = fitting_layers(MODELS[name], length, options, bench.device) if fit else int(options.layers)
+    while True:
+        _clear(bench.device)
+        try:
+            return _Measurement(name, layers, length, options, bench).rows()
+        except torch.OutOfMemoryError:
+            if not fit or layers == 1:
+                break
+        # Here, where nothing holds what there was no memory for.
+        bench.announce(f"{name}, {length:,} tokens: {layers} layers do not fit")
+        layers -= max(1, layers // 8)
+    _clear(bench.device)
+    shape = _shape(name, layers, length, options)
+    reason = "out of memory" if layers > 1 or not fit else "out of memory with one layer"
+    return [
+        Row(SUITE, operator, "step", variant, variant == variants_on(bench.device)[0], shape, skipped=reason)
+        for operator in options.operators
+        for variant in variants_on(bench.device)
+    ]
+
+
+def fitting_layers(widths: Widths, length: int, options: ModelOptions, device: torch.device) -> int:
+    """An estimate of how many layers can be trained in the free memory; those of the model where nothing says."""
+    if device.type != "cuda":
+        return widths.layers
+    _clear(device)
+    free, _ = torch.cuda.mem_get_info(device)
+    return estimated_layers(widths, length, options, free)
+
+
+def estimated_layers(widths: Widths, length: int, options: ModelOptions, free: int) -> int:
+    """How many layers can be trained in so many bytes.
+
+    >>> free = 148 * 10**9
+    >>> [estimated_layers(MODELS[name], 65536, ModelOptions(), free) for name in REAL]
+    [32, 35, 24]
+    """
+    sizes, nsa = widths.fields, options.nsa
+    hidden, kv = sizes["hidden_size"], sizes["num_key_value_heads"] * widths.head_dim
+    weights = 2 * hidden * (widths.channels + kv) + 3 * hidden * sizes["intermediate_size"]
+    # Of the compressors of keys and values, at the most.
+    weights += 2 * kv * nsa.kernel_size * widths.head_dim
+    workspace = length * sum(factor * sizes[name] for name, factor in WORKSPACE.items())
+    # Weights, gradients and two states of the optimizer, and what is kept of a layer to compute it again.
+    layer = 4 * weights + length * hidden
+    numbers = PLANNED * free / options.dtype.itemsize - workspace - 4 * length * hidden
+    return max(1, min(widths.layers, int(numbers // layer)))
+
+
+class _Measurement:
+    """All variants of a model at a length, with one set of weights."""
+
+    def __init__(self, name: str, layers: int, length: int, options: ModelOptions, bench: Bench) -> None:
+        self._name, self._layers, self._length = name, layers, length
+        self._options, self._bench, self._device = options, bench, bench.device
+        self._held = torch.cuda.memory_allocated(self._device) if self._device.type == "cuda" else 0
+
+    def rows(self) -> list[Row]:
+        """Checked, then timed in turn."""
+        with _compiling():
+            self._decoders = decoders(self._name, self._layers, self._length, self._options, self._device)
+            self._sets = {
+                variant: LayerSet(decoder, self._options.compile_layers) for variant, decoder in self._decoders.items()
+            }
+            generator = torch.Generator(self._device).manual_seed(1)
+            hidden_size = MODELS[self._name].fields["hidden_size"]
+            like: dict[str, Any] = {"device": self._device, "generator": generator}
+            self._tokens = torch.randint(256, (1, self._length), **like)
+            cotangent = torch.randn(1, self._length, hidden_size, dtype=self._options.dtype, **like)
+            self._cotangent = cotangent / self._length
+            # Training first: what fits there fits everywhere.
+            found = []
+            if TRAINING in self._options.operators:
+                found += self._rows(TRAINING, {variant: self._training(variant) for variant in self._decoders})
+                self._optimizer = None
+                _clear(self._device)
+            if PREFILL in self._options.operators:
+                found += self._rows(PREFILL, {variant: self._prefill(variant) for variant in self._decoders})
+            return found
+
+    _optimizer: torch.optim.Optimizer | None = None
+
+    def _rows(self, operator: str, runs: Mapping[str, Callable[[], object]]) -> list[Row]:
+        found: dict[str, dict[str, Any]] = {}
+        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        for variant, run in runs.items():
+            self._bench.announce(f"{self._name}, {self._length:,} tokens, {operator}, {variant}")
+            found[variant] = {}
+            self._sets[variant].seen = None
+            try:
+                found[variant]["compile_s"] = round(first_run_s(run, self._device), 2)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                if "out of memory" in str(error).lower():
+                    raise torch.OutOfMemoryError(str(error)) from error
+                what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                found[variant] = {"skipped": f"{'failed' if variant in _SPARSE else 'refused'}: {what}"}
+                continue
+            finally:
+                self._no_gradients()
+            seen[variant] = self._sets[variant].normed()
+            if operator == PREFILL:
+                # Writing a cache breaks graphs, and what is behind a break may be compiled in the second run only.
+                self._settle(self._sets[variant], run)
+        for variant, errors in errors_of(seen).items():
+            found[variant]["check"] = errors
+            wrong = {name: error for name, error in errors.items() if not error <= 1.0}
+            if wrong:
+                which = ", ".join(f"{name} ({error:.3g} of what it may differ)" for name, error in wrong.items())
+                found[variant]["skipped"] = f"{'failed' if variant in _SPARSE else 'refused'}: wrong {which}"
+        self._bench.announce(f"{self._name}, {self._length:,} tokens, {operator}, times")
+        peaks: dict[str, int] = {}
+        chosen = {name: self._with_peak(name, runs[name], peaks) for name in seen if "skipped" not in found[name]}
+        repeats = self._options.repeats
+        effort = dataclasses.replace(
+            self._bench.effort, warm_up_ms=0.0, target_ms=0.0, min_repeats=repeats, max_repeats=repeats
+        )
+        graphs = {variant: self._sets[variant].graphs for variant in chosen}
+        times = interleaved(chosen, self._bench.clock, effort)
+        for variant, before in graphs.items():
+            if self._sets[variant].graphs > before:
+                found[variant]["notes"] = "compiled again while it was timed, "
+        return [self._row(operator, variant, times.get(variant), peaks, found[variant]) for variant in runs]
+
+    def _row(self, operator: str, variant: str, ms: Any, peaks: Mapping[str, int], found: dict[str, Any]) -> Row:
+        ours = variant == variants_on(self._device)[0]
+        compiled = "layers compiled" if self._options.compile_layers else "layers not compiled"
+        how = "gradient checkpointing" if operator == TRAINING else "into an empty cache"
+        notes = found.pop("notes", "") + f"{compiled}, {how}"
+        memory = {"peak": peaks[variant]} if variant in peaks else {}
+        return Row(
+            SUITE, operator, "step", variant, ours, _shape(self._name, self._layers, self._length, self._options),
+            ms=ms, flops=self._flops(operator, variant), memory=memory, notes=notes, **found,
+        )  # fmt: skip
+
+    def _flops(self, operator: str, variant: str) -> float:
+        """As MFU counts them: nothing for what is computed again."""
+        decoder, widths = self._decoders[variant], MODELS[self._name]
+        sparse = variant in _SPARSE
+        attention = AttentionCost(widths.channels, self._options.nsa if sparse else None)
+        weights = sum(w.numel() for w in decoder.layers.parameters()) - unused_weights(decoder)
+        training = ModelCost(weights, (attention,) * self._layers).training_flops([self._length])
+        # The backward pass has twice as many as the forward pass.
+        return training if operator == TRAINING else training / 3
+
+    def _training(self, variant: str) -> Callable[[], None]:
+        """A step on the sequence."""
+        if self._optimizer is None:
+            every = dict.fromkeys(w for decoder in self._decoders.values() for w in decoder.parameters())
+            # With a rate of 0 it does all its work, and the weights stay the same for all variants.
+            self._optimizer = torch.optim.AdamW(list(every), lr=0.0, fused=self._device.type == "cuda")
+        decoder, optimizer = self._decoders[variant], self._optimizer
+
+        def step() -> None:
+            decoder.train()
+            with _attention_by(variant):
+                hidden = decoder(input_ids=self._tokens, use_cache=False).last_hidden_state
+                hidden.backward(self._cotangent)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return step
+
+    def _prefill(self, variant: str) -> Callable[[], None]:
+        """Reads the sequence."""
+        decoder = self._decoders[variant]
+
+        def read() -> None:
+            decoder.eval()
+            with _attention_by(variant), torch.inference_mode():
+                decoder(input_ids=self._tokens, use_cache=True)
+
+        return read
+
+    def _settle(self, layers: LayerSet, run: Callable[[], object], most: int = 4) -> None:
+        """Runs until nothing is compiled any more."""
+        for _ in range(most if self._options.compile_layers else 0):
+            before = layers.graphs
+            run()
+            if layers.graphs == before:
+                break
+
+    def _with_peak(self, variant: str, run: Callable[[], object], peaks: dict[str, int]) -> Callable[[], object]:
+        """A run that notes the most memory that it takes; asking for it does not wait for the device."""
+        if self._device.type != "cuda":
+            return run
+
+        def noted() -> None:
+            torch.cuda.reset_peak_memory_stats(self._device)
+            run()
+            peak = torch.cuda.max_memory_allocated(self._device) - self._held
+            peaks[variant] = max(peaks.get(variant, 0), peak)
+
+        return noted
+
+    def _no_gradients(self) -> None:
+        """What a run left that did not come to its end."""
+        for decoder in self._decoders.values():
+            decoder.zero_grad(set_to_none=True)
+
+
+def decoders(name: str, layers: int, length: int, options: ModelOptions, device: torch.device) -> dict[str, Any]:
+    """A decoder with random weights for each variant; they share all parameters that they have in common."""
+    from ...integrations.transformers import convert, sparse_classes
+
+    widths = MODELS[name]
+    classes: Any = sparse_classes(widths.model_type)
+    config = classes.config.__bases__[1](
+        num_hidden_layers=layers, vocab_size=256, max_position_embeddings=length, **widths.fields
+    )
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    with torch.device(device), _default_dtype(options.dtype):
+        full = classes.causal_lm.__bases__[1](config)
+        # The same numbers for the same names, however many there are.
+        for parameter_name, parameter in full.model.named_parameters():
+            if parameter.dim() == 2:
+                torch.manual_seed(zlib.crc32(parameter_name.encode()))
+                torch.nn.init.normal_(parameter, std=0.02)
+    made = {}
+    for variant in variants_on(device):
+        if variant in _BACKENDS or variant == "sdpa":
+            made[variant] = _with_same_weights(full)
+        elif variant == "query_outer":
+            made[variant] = _with_same_weights(made["kv_outer"])
+            for layer in made[variant].model.layers:
+                layer.self_attn.loop_order = "query_outer"
+        else:
+            impl, loop_order = ("triton", "kv_outer") if variant == "kv_outer" else (variant, "auto")
+            made[variant] = convert(
+                _with_same_weights(full), options.nsa, gates=GATES, impl=impl, loop_order=loop_order
+            )
+    return {variant: causal_lm.model for variant, causal_lm in made.items()}
+
+
+class LayerSet:
+    """The layers of a decoder, compiled together; each is computed again in the backward pass.
+
+    Attributes:
+        seen: hidden states behind the layers that are compared, of the last and of the first tokens, in the first pass
+            since this was set to None.
+        graphs: how many were compiled.
+    """
+
+    def __init__(self, decoder: Any, compile_them: bool) -> None:
+        forward = type(decoder.layers[0]).forward
+        self._norm = decoder.norm
+        self._last = min(SAME_LAYERS, len(decoder.layers)) - 1
+        self.seen: tuple[Tensor, Tensor] | None = None
+        self.graphs = 0
+
+        def compute(layer: Any, hidden_states: Tensor, **kwargs: Any) -> Any:
+            return forward(layer, hidden_states, **kwargs)
+
+        self._compute: Callable[..., Any] = compute
+        if compile_them:
+            self._compute = torch.compile(compute, backend=self._backend(_inductor()), dynamic=False)
+        for number, layer in enumerate(decoder.layers):
+            # A graph that knew its number would be of one layer.
+            layer.self_attn.layer_idx = 0
+            layer.forward = functools.partial(self._run, layer, number)
+
+    def _backend(self, compile_graph: Callable[..., Any]) -> Callable[..., Any]:
+        """A backend of its own: Dynamo tells compiled code apart by the backend, not by which kernel SDPA takes."""
+
+        def counted(graph: Any, example_inputs: Any) -> Any:
+            self.graphs += 1
+            return compile_graph(graph, example_inputs)
+
+        return counted
+
+    def normed(self) -> tuple[Tensor, Tensor]:
+        """What was seen, behind the decoder's norm."""
+        assert self.seen is not None
+        with torch.no_grad():
+            last, first = (self._norm(hidden) for hidden in self.seen)
+        return last, first
+
+    def _run(self, layer: Any, number: int, hidden_states: Tensor, **kwargs: Any) -> Any:
+        """What transformers calls instead of the layer's own `forward`."""
+        if layer.training and torch.is_grad_enabled():
+            out = checkpoint(self._compute, layer, hidden_states, use_reentrant=False, **kwargs)
+        else:
+            out = self._compute(layer, hidden_states, **_with_own_cache(kwargs, number))
+        if number == self._last and self.seen is None:
+            hidden = (out[0] if isinstance(out, tuple) else out).detach()
+            self.seen = hidden[0, -SAME_TOKENS:].clone(), hidden[0, :SAME_TOKENS].clone()
+        return out
+
+
+class _OneLayer:
+    """The cache of one layer with full attention, in the place of the cache of all."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """As that of transformers' `Cache`."""
+        return self._layer.update(keys, values, *args, **kwargs)
+
+
+class _OneSparseLayer:
+    """The same of one with sparse attention, in the place of `SparseCaches`."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
+
+    def of_layer(self, number: int) -> Any:
+        """The layer."""
+        return self._layer
+
+
+def _with_own_cache(kwargs: dict[str, Any], number: int) -> dict[str, Any]:
+    """Arguments of a layer with a cache of its own, so that the same graph serves all layers."""
+    cache, sparse = kwargs.get("past_key_values"), kwargs.get("sparse_inputs")
+    if cache is None:
+        return kwargs
+    if sparse is not None:
+        own = dataclasses.replace(sparse, caches=_OneSparseLayer(sparse.caches.of_layer(number)))
+        return {**kwargs, "past_key_values": None, "sparse_inputs": own}
+    while cache.layer_class_to_replicate is not None and len(cache.layers) <= number:
+        cache.layers.append(cache.layer_class_to_replicate())
+    return {**kwargs, "past_key_values": _OneLayer(cache.layers[number])}
+
+
+def errors_of(seen: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, dict[str, float]]:
+    """How far hidden states of the last and the first tokens are apart, as shares of `SAME`, by variant."""
+    full = next((variant for variant in seen if variant not in _SPARSE), None)
+    sparse = [variant for variant in seen if variant in _SPARSE]
+    errors: dict[str, dict[str, float]] = {variant: {} for variant in seen}
+    for variant, (last, first) in seen.items():
+        if full is not None and variant != full:
+            errors[variant]["first tokens"] = _distance(first, seen[full][1]) / SAME
+            if variant not in _SPARSE:
+                errors[variant]["last tokens"] = _distance(last, seen[full][0]) / SAME
+    if len(sparse) == 2:
+        # Nobody knows which of the two is wrong.
+        apart = _distance(seen[sparse[1]][0], seen[sparse[0]][0]) / SAME
+        for variant in sparse:
+            errors[variant]["last tokens"] = apart
+    return errors
+
+
+def _distance(x: Tensor, y: Tensor) -> float:
+    return ((x.float() - y.float()).norm() / y.float().norm()).item()
+
+
+def _with_same_weights(model: Any) -> Any:
+    """Modules of its own, with the same parameters."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def _attention_by(variant: str) -> Any:
+    return sdpa_kernel(_BACKENDS[variant]) if variant in _BACKENDS else contextlib.nullcontext()
+
+
+def _inductor() -> Callable[..., Any]:
+    """Compiles a graph."""
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """What compiled layers need, whatever was compiled before."""
+    import torch._dynamo
+    import torch._functorch.config
+    import torch._inductor.config
+
+    torch._dynamo.reset()
+    # A compiled graph names a kernel of SDPA, but its key in the cache does not: another one would be measured.
+    no_caches = torch._inductor.config.patch(force_disable_caches=True)
+    no_graphs = torch._functorch.config.patch(enable_autograd_cache=False)
+    # Four variants have graphs of their own of the same code, for training and for prefill; 8 is the default.
+    many = torch._dynamo.config.patch(recompile_limit=16)
+    with no_caches, no_graphs, many, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*cuDNN Attention defaults to a non-deterministic.*")
+        # Of torch.compile itself.
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
+        try:
+            yield
+        finally:
+            torch._dynamo.reset()
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """While active, new tensors have this dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _shape(name: str, layers: int, length: int, options: ModelOptions) -> dict[str, int | str]:
+    widths = MODELS[name]
+    return {
+        "model": name,
+        "layers": layers,
+        "tokens": length,
+        "heads": widths.fields["num_attention_heads"],
+        "kv_heads": widths.fields["num_key_value_heads"],
+        "head_dim": widths.head_dim,
+        "dtype": str(options.dtype).removeprefix("torch."),
+    }
+
+
+def _clear(device: torch.device) -> None:
+    gc.collect()
+    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
