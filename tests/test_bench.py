@@ -56,10 +56,15 @@ def test_long_runs_are_done_less_often_and_all_over_the_time():
     assert max(b - a for a, b in itertools.pairwise(places)) <= 6
 
 
-def test_warm_up_is_by_time_and_hands_on_the_time_of_the_host():
+def test_warm_up_is_by_the_wall_clock_and_hands_on_the_time_of_the_host(monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(now) / 1000)
     clock = FakeClock()
-    timing.interleaved({"a": lambda: ("a", 2.0)}, clock, timing.Effort(warm_up_ms=9.0, target_ms=0.0, min_repeats=2))
-    assert len(clock.order) == 5 + 2
+    effort = timing.Effort(warm_up_ms=4.0, target_ms=0.0, min_repeats=2)
+    [one] = timing.interleaved({"a": lambda: ("a", 2.0)}, clock, effort).values()
+    assert len(clock.order) == 4 + 2
+    # The fake clock adds 1 to what it is told: four runs before any counts.
+    assert one.host_ms == 4.0 + 1.0
     assert timing.interleaved({}, clock, EFFORT) == {}
 
 

@@ -62,7 +62,8 @@ class Case:
         variants: ways to compute it.
         costs: by direction: `forward` and `backward`, either, or `both` for one behind the other.
         expected: pieces of the output by the reference; None if `verify` is all there is to check.
-        verify: checks an output in another way, or more of it; returns errors as shares of what they may be.
+        verify: checks an output in another way; returns errors as shares of what they may be.
+        also: checks what else the newest run left.
         origin: as in `Row.inputs`.
         with_memory: whether memory is measured.
         check_gradients: whether gradients are checked; of very long sequences the reference takes too much memory.
@@ -76,6 +77,7 @@ class Case:
     costs: Mapping[str, Cost]
     expected: Expected | None = None
     verify: Callable[[Tensor], dict[str, float]] | None = None
+    also: Callable[[], dict[str, float]] | None = None
     origin: str = "random"
     with_memory: bool = False
     check_gradients: bool = True
@@ -179,6 +181,9 @@ class Bench:
         if case.verify is not None:
             with torch.no_grad():
                 errors |= case.verify(variant.run(case.inputs))
+        if case.also is not None:
+            with torch.no_grad():
+                errors |= case.also()
         return errors
 
     def _once(self, case: Case, variant: Variant, backward: bool) -> None:

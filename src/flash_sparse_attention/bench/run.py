@@ -32,7 +32,7 @@ _CPU_LENGTHS = {
 }
 _QUICK_LENGTHS = {"cuda": (8192,), "cpu": (1024,)}
 _MAX_RUN_S = {"cuda": 10.0, "cpu": 60.0}
-_MEMORY_LENGTHS = tuple(1 << n for n in range(13, 21))
+_MEMORY_LENGTHS = tuple(1 << n for n in (16, 18, 20))
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def whole_case(shape: Shape, x: inputs.Inputs, directions: tuple[str, ...] = ATT
     def expected(given: Tensors, first: int, last: int, layout: SequenceLayout) -> Tensor:
         return plain.attend_sparsely(_piece(given, first, last), newest["block_indices"][first:last], shape.nsa, layout)
 
-    def verify(_: Tensor) -> dict[str, float]:
+    def also() -> dict[str, float]:
         return selection_errors(shape, x.q.detach(), x.k.detach(), newest["block_indices"])
 
     found = [Variant("triton" if cuda else "blockwise", run)]
@@ -56,7 +56,7 @@ def whole_case(shape: Shape, x: inputs.Inputs, directions: tuple[str, ...] = ATT
         found.append(Variant("query_outer", partial(run, loop_order="query_outer"), ours=False))
     return Case(
         "whole attention", shape.whole(), shape.heads, _leaves(x), found,
-        {way: costs.whole(shape, way) for way in directions}, expected, verify,
+        {way: costs.whole(shape, way) for way in directions}, expected, also=also,
         with_memory=True, check_gradients=shape.tokens <= GRADIENTS_UP_TO,
     )  # fmt: skip
 

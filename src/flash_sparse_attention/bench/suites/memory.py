@@ -21,6 +21,7 @@ from .attention import whole_case
 from .operators import full_case
 
 SUITE = "memory"
+FULL_UP_TO = 131072  # tokens; its memory is linear too, and its time tells the suite `attention`
 EVERYTHING = ("window", "compressed", "selected", "index")
 
 
