@@ -41,7 +41,7 @@ from ..checks import layout_of, share
 from ..costs import Cost
 from ..results import FULL, Row
 from ..shapes import Shape
-from ..timing import Clock, Run
+from ..timing import Clock, Run, Taken
 
 SUITE = "decode"
 Tensors = Mapping[str, Tensor]
@@ -410,10 +410,10 @@ class _RewindingClock:
     clock: Clock
     rewind: Callable[[], None]
 
-    def ms(self, run: Run) -> float:
-        """Milliseconds of the run alone."""
+    def time(self, run: Run, host_ms: float) -> Taken:
+        """The time of the run alone."""
         self.rewind()
-        return self.clock.ms(run)
+        return self.clock.time(run, host_ms)
 
 
 def attention_case(options: DecodeOptions, filled: Filled) -> Case:
