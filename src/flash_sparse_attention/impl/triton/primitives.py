@@ -190,10 +190,16 @@ def load_rows(x_ptr, rows, mask_rows, DIM: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def store_rows(x_ptr, rows, mask_rows, tile, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Stores a tile [ROWS, PADDED] as rows of `DIM` contiguous elements at the offsets `rows` (64-bit)."""
+def store_rows(
+    x_ptr, rows, mask_rows, tile, DIM: tl.constexpr, PADDED: tl.constexpr, STREAMED: tl.constexpr = False
+):  # fmt: skip
+    """Stores a tile [ROWS, PADDED] as rows of `DIM` contiguous elements at the offsets `rows` (64-bit).
+
+    STREAMED is for what is too large to be in a cache when it is read: other rows stay there in its place.
+    """
     offs = tl.arange(0, PADDED)
     mask = mask_rows[:, None]
     if PADDED != DIM:
         mask = mask & (offs < DIM)[None, :]
-    tl.store(x_ptr + rows[:, None] + offs[None, :], tile.to(x_ptr.dtype.element_ty), mask=mask)
+    x_ptrs = x_ptr + rows[:, None] + offs[None, :]
+    tl.store(x_ptrs, tile.to(x_ptr.dtype.element_ty), mask=mask, cache_modifier=".cs" if STREAMED else "")

@@ -228,7 +228,7 @@ def _selected_fwd_kv_outer_kernel(
             out = tl.dot(p.to(v.dtype), v, input_precision="ieee")
         row = first_row + tl.arange(0, ROWS)
         mask = row < num_rows
-        store_rows(partial_ptr, row.to(tl.int64) * DIM_V, mask, out, DIM_V, PADDED_V)
+        store_rows(partial_ptr, row.to(tl.int64) * DIM_V, mask, out, DIM_V, PADDED_V, STREAMED=True)
         tl.store(partial_lse_ptr + row, largest + tl.log2(total) * LN_2, mask=mask)
 
 
@@ -390,7 +390,7 @@ def _selected_bwd_kv_outer_kernel(
         dk = tl.dot(tl.trans(ds), q, dk, input_precision="ieee")
         if WITH_DQ:
             dq = tl.dot(ds, k, input_precision="ieee")  # [ROWS, DK]
-            store_rows(partial_ptr, row.to(tl.int64) * (parts * DIM_K), mask, dq, DIM_K, PADDED_K)
+            store_rows(partial_ptr, row.to(tl.int64) * (parts * DIM_K), mask, dq, DIM_K, PADDED_K, STREAMED=True)
     dv = dv / lift(q_ptr.dtype.element_ty)
     if tile >= 0:
         rows = (tile.to(tl.int64) * parts + part) * KEYS + tl.arange(0, KEYS)
