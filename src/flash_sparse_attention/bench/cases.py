@@ -9,6 +9,7 @@ times        of all variants of a group of cases, in turn: forward passes, then 
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -118,6 +119,12 @@ class Bench:
 
     def measure(self, suite: str, cases: Iterable[Case]) -> list[Row]:
         """Rows of a group of cases, whose variants are timed in turn."""
+        with warnings.catch_warnings():
+            # PyTorch warns about each of its kernels that cannot run something, and about those that add in any order.
+            warnings.filterwarnings("ignore", category=UserWarning)
+            return self._measure(suite, cases)
+
+    def _measure(self, suite: str, cases: Iterable[Case]) -> list[Row]:
         rows: list[Row] = []
         ready: list[tuple[Case, Variant, dict[str, object]]] = []
         for case in cases:

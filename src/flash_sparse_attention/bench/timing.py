@@ -5,6 +5,9 @@ each run of a GPU its memory is written to, 4 GiB at the least: no cache holds t
 all launches of the run are queued, so that the time is the device's. The time that the host takes to queue them is
 told apart: where it is the larger one, a run by itself waits for the host. What a run allocates, PyTorch's allocator
 has kept from the runs before.
+
+A GPU at its power limit lowers its clocks, and products of matrices suffer from that more than traffic does. So that
+one variant does not pay for the heat of another, the device rests before each run for as long as the last one took.
 """
 
 from __future__ import annotations
@@ -23,12 +26,15 @@ from .results import Timing
 Run = Callable[[], object]
 # Writes of 1 GiB before a run. A host that takes longer than the most of them cannot be covered.
 _LEAST_WRITES, _MOST_WRITES = 4, 200
+_LONGEST_REST_MS = 500.0
 
 METHOD = {
     "cuda": (
         "Times are of CUDA events about the launches of a call; the median of the runs and the quartiles are given.",
         "Before each run 4 GiB or more are written, so that no cache holds the inputs and all launches are queued; "
         "the time that the host takes to queue them is told apart.",
+        "Before that the device rests for as long as the run before took (0.5 s at the most), since at its power limit "
+        "it lowers its clocks.",
         "All variants of a case are run in turn, after a warm-up of each by time; compilation is timed apart.",
         "Each variant is checked against the reference on the same inputs first; without that it gets no time.",
         "Clocks and power are read and never set.",
@@ -97,12 +103,13 @@ class CudaClock:
         self._device = device
         self._flush = torch.empty(1 << 30, dtype=torch.uint8, device=device)
         self._flush.zero_()
-        self._write_ms = 0.0
+        self._write_ms = self._rest_ms = 0.0
         self._write_ms = self.time(lambda: self._flush.zero_(), 0.0).ms
 
     def time(self, run: Run, host_ms: float) -> Taken:
         """The time of the device from the first to the last launch of the run."""
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        time.sleep(min(self._rest_ms, _LONGEST_REST_MS) / 1000)
         # Half as long again, as the host is not equally fast every time.
         cover = int(1.5 * host_ms / self._write_ms) + 1 if self._write_ms > 0 else 0
         with torch.cuda.device(self._device):
@@ -114,7 +121,8 @@ class CudaClock:
             host = time.perf_counter() - begin
             stop.record()
             stop.synchronize()
-        return Taken(start.elapsed_time(stop), 1000 * host)
+        self._rest_ms = start.elapsed_time(stop)
+        return Taken(self._rest_ms, 1000 * host)
 
 
 class CpuClock:
