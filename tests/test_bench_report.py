@@ -13,6 +13,7 @@ from bench_runs import attention_rows, cpu_run, everything, model_rows, operator
 from flash_sparse_attention import cli
 from flash_sparse_attention.bench import documents, figures, text
 from flash_sparse_attention.bench.report import page
+from flash_sparse_attention.bench.results import Timing
 from flash_sparse_attention.bench.sources import read
 
 ROOT = Path(__file__).parent.parent
@@ -470,3 +471,18 @@ def test_this_repository_says_what_its_results_give():
         assert (PLOTS / f"{plot.name}.png").exists()
     for document in {*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")} - {PAGE}:
         assert documents.filled(document, found) == document.read_text(encoding="utf-8"), document.name
+
+
+def test_rows_that_vary_within_a_run_are_counted(tmp_path):
+    def varying(name, ms, spread):
+        times = Timing(ms, ms * (1 - spread / 2), ms * (1 + spread / 2), 5)
+        return dataclasses.replace(row("combine", "forward", name, ms, tokens=64), ms=times)
+
+    rows = [varying("steady", 1.0, 0.01), varying("short", 0.1, 0.5), varying("shaky", 2.0, 0.08)]
+    found = page(devices(tmp_path, run(rows)))
+    assert (
+        "Of 2 rows above 0.2 ms, 1 have quartiles that lie more than 3.00 % of the median apart, at most 8.00 %"
+        in found
+    )
+    assert "(combine, shaky, forward, 64 tokens" in found
+    assert "quartiles that lie" not in page(devices(tmp_path / "b", run(rows[:2])))

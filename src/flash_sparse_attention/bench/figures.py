@@ -243,7 +243,8 @@ def _memory(device: Device) -> Callable[[], Figure] | None:
 
 def _decode(device: Device) -> Callable[[], Figure] | None:
     rows = [row for row in device.rows if row.suite == "decode"]
-    operators = distinct([row for row in rows if row.ours], "operator")
+    # What all layers share, and prompts, have no full attention beside them.
+    operators = distinct([row for row in rows if row.ours and device.gains_of(row)], "operator")
     chosen = [
         (operator, _one_family([row for row in rows if row.operator in (operator, FULL)], "tokens", operator))
         for operator in operators
@@ -253,11 +254,11 @@ def _decode(device: Device) -> Callable[[], Figure] | None:
         return None
 
     def draw() -> Figure:
-        figure, axes = _page(len(panels), f"Decoding by context: {device.name}", width=4.6)
+        sizes = text.in_words(_same([row for _, found in panels for row in found], "tokens"))
+        figure, axes = _page(len(panels), f"Decoding by context: {device.name}\n{sizes}", width=4.6)
         for ax, (operator, found) in zip(axes, panels, strict=True):
             _draw_times(ax, found, "tokens")
-            sizes = text.in_words(_same(found, "tokens"))
-            _finish(ax, operator.capitalize(), "tokens before", "ms", subtitle=sizes)
+            _finish(ax, operator.capitalize(), "tokens before", "ms")
         return figure
 
     return draw

@@ -27,6 +27,8 @@ _ENVIRONMENT = {
 # What has a place of its own on the page.
 _ELSEWHERE = {"device", "method", "clocks", "baselines"}
 _CLOCKS = {"sm_mhz": "SM MHz", "memory_mhz": "memory MHz", "power_w": "power W", "temperature_c": "°C"}
+# Rows whose quartiles are further apart, as a share of the median, are named; shorter ones vary anyway.
+STEADY, STEADY_FROM_MS = 0.03, 0.2
 _LEGEND = """\
 A time is the median of its runs, and the middle half of them lies between the times in parentheses. *Host* is the
 time until the call returned: where it is longer than the time of the device, a call by itself waits for the host, and
@@ -64,6 +66,7 @@ def page(
         parts.append(f"## {device.name}\n")
         parts += _environment(device, link)
         parts += _pictures((plots or {}).get(device.name, ()), folder, link)
+        parts += _steadiness(device)
         parts += _where_we_lose(device)
         for suite in distinct(device.rows, "suite"):
             parts += _suite(device, suite)
@@ -285,6 +288,22 @@ def _checks(device: Device) -> list[str]:
         lines.append([operator, variant, direction, f"{count:,}", text.share(error) or "no number", output, where])
     header = ["operator", "variant", "direction", "rows", "largest error", "of", "at"]
     return [*parts, text.table(header, lines)]
+
+
+def _steadiness(device: Device) -> list[str]:
+    """How many rows vary within the run, by more than what runs are compared by."""
+    timed = [(row.ms.spread, row) for row in device.rows if row.ms is not None and row.ms.median > STEADY_FROM_MS]
+    unsteady = [(spread, row) for spread, row in timed if text.is_number(spread) and spread > STEADY]
+    if not unsteady:
+        return []
+    spread, row = max(unsteady, key=lambda one: one[0])
+    which = f"{row.operator}, {row.variant}, {row.direction}, {shape_words(row)}"
+    rows, most = text.counted(len(timed), "row"), text.share(spread)
+    return [
+        f"Of {rows} above {STEADY_FROM_MS} ms, {len(unsteady)} have quartiles that lie more than {text.share(STEADY)} of "
+        f"the median apart, at most {most} ({which}): the clocks of the device were not steady, and gains between such "
+        "rows are no more exact than that.\n"
+    ]
 
 
 def _where_we_lose(device: Device) -> list[str]:
