@@ -169,8 +169,8 @@ def test_the_suite_of_operators(bench):
         assert all(0 <= share <= 1 for share in row.check.values()), row
     assert {row.inputs for row in rows if row.operator == "selected attention"} == {"random", "recorded"}
     gradients = {row.operator: set(row.check) for row in rows if row.direction == "backward"}
-    assert gradients["selected attention"] == {"out", "grad q", "grad k", "grad v"}
-    assert gradients["combine"] == {"out", "grad compressed", "grad selected", "grad window", "grad gates"}
+    assert gradients["selected attention"] == {"finite", "out", "grad q", "grad k", "grad v"}
+    assert gradients["combine"] == {"finite", "out", "grad compressed", "grad selected", "grad window", "grad gates"}
 
 
 def test_a_sequence_without_a_window_has_no_compressed_branch(bench):
@@ -284,7 +284,7 @@ def test_the_suite_of_the_whole_attention(bench):
         for way in ("forward", "backward")
     }
     whole = next(row for row in rows if row.operator == "whole attention")
-    assert {"out", "grad q", "grad k", "grad v", "grad gates", "structure", "importance"} == set(whole.check)
+    assert {"finite", "out", "grad q", "grad k", "grad v", "grad gates", "structure", "importance"} == set(whole.check)
     assert max(whole.check.values()) <= 1
 
 
@@ -414,3 +414,77 @@ def test_the_command_refuses(tmp_path, arguments, message):
     assert isinstance(result.exception, ValueError), result.output
     assert message in str(result.exception)
     assert not file.exists()
+
+
+def test_a_variant_that_fails_while_it_is_timed_loses_only_itself(bench):
+    calls = {"tired": 0}
+
+    def tired(given):
+        calls["tired"] += 1
+        if calls["tired"] > 2:
+            raise torch.OutOfMemoryError("all gone")
+        return given["x"] + given["x"]
+
+    rows = measured(bench, Variant("good", lambda given: given["x"] * 2), Variant("tired", tired, ours=False))
+    assert rows["good", "forward"].ms is not None
+    assert rows["good", "backward"].ms is not None
+    assert rows["tired", "forward"].skipped == "out of memory"
+
+
+def test_numbers_in_rows_that_are_not_compared_are_looked_at():
+    def run(given):
+        out = given["x"] * 2
+        return out.index_fill(0, torch.tensor([40]), math.nan)
+
+    def expected(given, first, last, layout):
+        return given["x"][first:last] * 2
+
+    found = checks.check(run, expected, {"x": torch.randn(100, 2, 4)}, 2, gradients=False)
+    assert found == {"finite": math.inf, "out": 0.0}
+
+
+@pytest.mark.parametrize("wrong", [lambda place: place.flip(0), lambda place: place.clamp(max=5)])
+def test_places_of_the_index_must_be_distinct(wrong):
+    selection = inputs.random_selection(SMALL, CPU)
+    case = operators.index_case(SMALL, selection)
+    place = torch.full(selection.shape, -1, dtype=torch.int32)
+    place[selection >= 0] = torch.arange(int((selection >= 0).sum()), dtype=torch.int32)
+    assert case.verify(place) == {"places": 0.0}
+    assert case.verify(wrong(place)) == {"places": math.inf}
+
+
+def test_a_suite_that_raises_ends_neither_the_others_nor_the_report(monkeypatch, tmp_path):
+    def broken(*arguments):
+        raise RuntimeError("no such kernel")
+        yield
+
+    monkeypatch.setattr(attention, "groups", broken)
+    monkeypatch.setattr(memory, "cpu_rows", lambda shapes, bench: [])
+    report = run(Options(("attention", "memory"), CPU, lengths=(40,), quick=True, commit="c"), "fsa bench")
+    [row] = report.rows
+    assert row.skipped == "failed: the rest of the suite: RuntimeError: no such kernel"
+    report.save(tmp_path / "bench.json")
+    assert Report.load(tmp_path / "bench.json") == report
+
+
+def test_shapes_that_changes_make_the_same_are_measured_once():
+    options = Options(("operators",), CPU, preset="paper", lengths=(64,), changes={"heads": 4, "kv_heads": 4})
+    found = options.shapes("operators")
+    assert len(found) == 2
+    assert {shape.dtype for shape in found} == {torch.float32}
+
+
+@pytest.mark.parametrize("arguments", [("--new-tokens", 99), ("--models", "gpt-2"), ("--heads", 31)])
+def test_what_a_later_suite_refuses_is_refused_at_once(tmp_path, arguments):
+    file = tmp_path / "b.json"
+    result = invoke(*arguments, "--device", "cpu", "--output", file)
+    assert isinstance(result.exception, ValueError), result.output
+    assert "roofline" not in result.output
+    assert not file.exists()
+
+
+def test_the_peak_is_that_of_the_process_itself():
+    held = torch.ones(1 << 26)  # 256 MiB
+    peak = memory._in_process(print)
+    assert peak < held.numel() * 4 + 2**30
+    assert memory._in_process(int) is not None

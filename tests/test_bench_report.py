@@ -128,7 +128,7 @@ def test_page(files, tmp_path):
         "| 1.25x | 6.50x | 13.0x | 25.0 % |\n",
         "| 65,536 | forward | query_outer [1] | 10.0 ms (9.90 to 10.1) |",
         "- [1] a note\n",
-        "The first run of ours, with compilation, took 1.50 s.\n",
+        "The first call of ours, with what was not compiled before, took 1.50 s.\n",
         "| 65,536 | both | **triton** | 768 MiB | 2.44 GiB | 512 MiB | 4.88 GiB |\n",
         "4 rows checked on the shapes that were timed. All within what is allowed.",
         "| selected attention | kv_outer | backward | 2 | 50.0 % | dq |",

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from bench_runs import everything, operator_rows, row, run, timing
-from flash_sparse_attention.bench.results import FULL, Report, Roofline, Timing
+from flash_sparse_attention.bench.results import FULL, Report, Roofline, Row, Timing
 
 
 def test_a_report_comes_back_as_it_was(tmp_path):
@@ -94,3 +94,12 @@ def test_full_attention_of_other_sizes_is_no_baseline(change):
     assert list(run([ours, row(FULL, "forward", "cudnn", 2.0, tokens=64)]).gains())
     assert not list(run([ours, row(FULL, "forward", "cudnn", 2.0, **({"tokens": 64} | change))]).gains())
     assert not list(run([ours, row(FULL, "backward", "cudnn", 2.0, tokens=64)]).gains())
+
+
+def test_rows_without_sizes_and_errors_that_are_no_numbers_come_back(tmp_path):
+    refused = Row("model", "training step", "step", "blockwise", True, {}, skipped="no transformers")
+    wrong = row("combine", "forward", "triton", None, skipped="failed: wrong out", check={"out": math.inf, "lse": 0.5})
+    report = run([refused, wrong])
+    report.save(tmp_path / "bench.json")
+    assert "Infinity" not in (tmp_path / "bench.json").read_text()
+    assert Report.load(tmp_path / "bench.json") == report

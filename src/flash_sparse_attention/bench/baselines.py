@@ -129,11 +129,13 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend | None) -> Tensor
 
 @functools.cache
 def _compiled_flex() -> Callable[..., Tensor]:
+    import torch._dynamo
     import torch._functorch.config
     from torch.nn.attention.flex_attention import flex_attention
 
-    # Its backward pass is run more than once.
+    # Its backward pass is run more than once. Past a limit of shapes it would not be compiled any more.
     torch._functorch.config.donated_buffer = False
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1 << 16
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .checks import Expected, check, share
 from .costs import Cost
-from .results import Row
+from .results import Row, Timing
 from .timing import Clock, Effort, Run, backward_of, first_run_s, interleaved, synchronize
 
 # Times as much error as ours that a baseline may have: it must compute the same, and how exactly is its own business.
@@ -41,6 +41,7 @@ class Variant:
         costs: by direction; those of the case for the directions that are missing.
         checked: whether it is checked against the reference.
         notes: as in `Row.notes`.
+        strict: whether its errors are held to what those of ours may be, which ours are anyway.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Variant:
     costs: Mapping[str, Cost] = field(default_factory=dict)
     checked: bool = True
     notes: str = ""
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,10 @@ class Case:
         return Row(*fixed, **{"notes": notes, **sizes, **found})  # type: ignore[arg-type]
 
 
+# A case, one of its variants, and what was found of it besides its time.
+Entry = tuple[Case, Variant, dict[str, object]]
+
+
 @dataclass(frozen=True)
 class Bench:
     """What all suites measure with.
@@ -126,7 +132,7 @@ class Bench:
 
     def _measure(self, suite: str, cases: Iterable[Case]) -> list[Row]:
         rows: list[Row] = []
-        ready: list[tuple[Case, Variant, dict[str, object]]] = []
+        ready: list[Entry] = []
         for case in cases:
             for variant in case.variants:
                 self.announce(f"{case.operator}, {variant.name}")
@@ -140,15 +146,32 @@ class Bench:
             if not chosen:
                 continue
             self.announce(f"times, {direction}")
-            runs = {
-                str(number): self._run(case, variant, direction) for number, (case, variant, _) in enumerate(chosen)
-            }
-            times = interleaved(runs, self.clock, self.effort)
-            for number, (case, variant, found) in enumerate(chosen):
-                rows.append(case.row(suite, variant, direction, ms=times[str(number)], **found))
-            del runs
+            times: list[Timing | str] = []
+            try:
+                times += self._times(chosen, direction)
+            except Exception:
+                # Together they may want more memory than there is: one after the other, and what fails says so.
+                self._clear()
+                times += [self._time_alone(entry, direction) for entry in chosen]
+            for (case, variant, found), time in zip(chosen, times, strict=True):
+                taken: dict[str, object] = {"skipped": time} if isinstance(time, str) else {"ms": time}
+                rows.append(case.row(suite, variant, direction, **taken, **found))
             self._clear()
         return rows
+
+    def _times(self, entries: Sequence[Entry], direction: str) -> list[Timing]:
+        """Timings of variants that are run in turn."""
+        runs = {str(number): self._run(case, variant, direction) for number, (case, variant, _) in enumerate(entries)}
+        return list(interleaved(runs, self.clock, self.effort).values())
+
+    def _time_alone(self, entry: Entry, direction: str) -> Timing | str:
+        """The timing of one variant, or why there is none."""
+        try:
+            return self._times([entry], direction)[0]
+        except Exception as error:
+            return _reason(error, entry[1])
+        finally:
+            self._clear()
 
     def _prepare(self, case: Case, variant: Variant) -> tuple[dict[str, object], str]:
         """Compiles, checks and weighs a variant: what was found, and why it cannot be timed."""
@@ -166,14 +189,12 @@ class Bench:
         except Refusal as refusal:
             return {}, str(refusal)
         except Exception as error:
-            # A baseline may fail in any way; one of ours must not, and its row says so.
-            what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            return {}, f"{'failed' if variant.ours else 'refused'}: {what}"
+            return {}, _reason(error, variant)
         finally:
             self._clear()
         errors = found.get("check")
         assert errors is None or isinstance(errors, dict)
-        allowed = 1.0 if variant.ours else BASELINE_SLACK
+        allowed = 1.0 if variant.ours or variant.strict else BASELINE_SLACK
         wrong = {name: error for name, error in (errors or {}).items() if not error <= allowed}
         if wrong:
             which = ", ".join(f"{name} ({error:.3g} of what its error may be)" for name, error in wrong.items())
@@ -240,6 +261,14 @@ class Bench:
         synchronize(self.device)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _reason(error: Exception, variant: Variant) -> str:
+    """Why a variant that raised has no time. A baseline may fail in any way; ours must not, and their rows say so."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return f"{'failed' if variant.ours or variant.strict else 'refused'}: {what}"
 
 
 def close(expected: Tensor, tolerance: float) -> Callable[[Tensor], dict[str, float]]:

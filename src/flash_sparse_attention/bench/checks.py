@@ -68,6 +68,8 @@ def check(
     rows = torch.cat([torch.arange(first, last, device=out.device) for first, last in ranges])
     generator = torch.Generator(out.device).manual_seed(seed)
     d_rows = torch.randn(len(rows), *out.shape[1:], device=out.device, dtype=out.dtype, generator=generator)
+    # Rows that are not compared must be numbers at least.
+    finite = {"finite": 0.0 if bool(torch.isfinite(out).all()) else math.inf}
     got = {"out": out.detach()[rows]}
     if gradients:
         d_out = torch.zeros_like(out).index_copy(0, rows, d_rows)
@@ -76,7 +78,7 @@ def check(
     plain = _by_reference(expected, inputs, ranges, d_rows, None, gradients)
     exact = _by_reference(expected, inputs, ranges, d_rows, torch.float64, gradients)
     terms = [x for name, x in exact.items() if name.startswith("grad v")]
-    return {
+    return finite | {
         name: share(compare(got[name], plain[name], value, terms=terms if name in ("grad q", "grad k") else ()))
         for name, value in exact.items()
     }
@@ -93,6 +95,21 @@ def share(errors: Errors) -> float:
         shares.append(error / budget if budget > 0 else (0.0 if error == 0 else math.inf))
     # Not the larger of the two, which might lose a NaN.
     return next((x for x in shares if math.isnan(x)), max(shares))
+
+
+def keep_worst(worst: dict[str, float], found: Mapping[str, float]) -> None:
+    """Takes over what is worse; a NaN stays.
+
+    >>> worst = {"out": 0.5}
+    >>> keep_worst(worst, {"out": math.nan, "lse": 0.1})
+    >>> keep_worst(worst, {"out": 0.7})
+    >>> worst
+    {'out': nan, 'lse': 0.1}
+    """
+    for name, error in found.items():
+        known = worst.setdefault(name, 0.0)
+        if not math.isnan(known) and not error <= known:
+            worst[name] = error
 
 
 def _by_reference(

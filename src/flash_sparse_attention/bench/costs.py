@@ -14,6 +14,7 @@ the schedule moves, where it writes down intermediate results.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -149,7 +150,8 @@ def whole(shape: Shape, direction: str) -> Cost:
     kept = shape.nsa.num_selected_blocks * shape.nsa.block_size
     missing = geometry.num_blocks(blocks, shape.nsa.block_size) * shape.nsa.block_size - blocks
     pairs = int(torch.minimum(blocks, kept - missing).sum())
-    parts = compress(shape, direction) + compress(shape, direction)
+    values = dataclasses.replace(shape, head_dim=shape.head_dim_v)
+    parts = compress(shape, direction) + compress(values, direction)
     parts = parts + compressed(shape, direction) + window(shape, direction) + combine(shape, direction)
     parts = parts + attention(shape, pairs, shape.tokens, direction)
     return parts + selection(shape) if direction == "forward" else parts

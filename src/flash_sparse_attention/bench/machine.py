@@ -91,8 +91,12 @@ def device_name(device: torch.device) -> str:
 
 def source_commit() -> str | None:
     """The commit of the sources, where they lie in a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    git = ["git", "-C", str(Path(__file__).parent)]
+    known, command = [*git, "ls-files", "--error-unmatch", Path(__file__).name], [*git, "describe", "--always"]
     try:
+        # An installed package may lie in a repository of something else.
+        subprocess.run(known, capture_output=True, check=True, timeout=10)
+        command += ["--dirty", "--exclude", "*"]
         answer = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None

@@ -200,12 +200,10 @@ class Report:
         if content["schema"] != SCHEMA:
             raise bad("FILE", f"{expected} of schema {SCHEMA}", f"{str(path)!r} of schema {content['schema']}")
         try:
-            rows = tuple(
-                Row(**{**row, "ms": None if row.get("ms") is None else Timing(**row["ms"])}) for row in content["rows"]
-            )
+            rows = tuple(_row(row) for row in content["rows"])
             roofline = Roofline(**content["roofline"])
             return cls(content["command"], content["date"], content["environment"], roofline, rows)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise bad("FILE", expected, f"{str(path)!r}, whose content does not fit ({error})") from error
 
 
@@ -231,7 +229,20 @@ def comparable(ours: Row, other: Row) -> bool:
     return other.operator == FULL and ours.operator not in _CHORES and ours.dense_key() == other.dense_key()
 
 
+def _row(content: Mapping[str, Any]) -> Row:
+    ms = None if content.get("ms") is None else Timing(**content["ms"])
+    check = {name: float(error) for name, error in content.get("check", {}).items()}
+    return Row(**{**content, "ms": ms, "check": check})
+
+
 def _compact(content: Mapping[str, Any]) -> dict[str, Any]:
     """With the schema first, and rows without what is empty."""
-    rows = [{name: value for name, value in row.items() if value not in (None, "", {})} for row in content["rows"]]
+    rows = [
+        {name: value for name, value in row.items() if name == "shape" or value not in (None, "", {})}
+        for row in content["rows"]
+    ]
+    for row in rows:
+        # JSON has no numbers for infinite errors and those that are none.
+        check = row.get("check", {})
+        check |= {name: str(error) for name, error in check.items() if not math.isfinite(error)}
     return {"schema": SCHEMA, **content, "rows": rows}

@@ -17,7 +17,7 @@ from ..validation import bad, check_choice
 from . import baselines, shapes
 from .cases import Bench
 from .machine import clocks, environment, measure_roofline
-from .results import Report, Roofline, Row
+from .results import Report, Row
 from .shapes import Shape
 from .timing import Effort, clock_of
 
@@ -75,9 +75,10 @@ class Options:
         changes = {name: value for name, value in self.changes.items() if name in _fields(Shape)}
         nsa = {name: value for name, value in self.changes.items() if name in _fields(NSAConfig)}
         lengths = self.lengths
-        if kind == "cpu" and self.preset == "default":
-            changes = {**_CPU_SHAPE, **changes}
+        if kind == "cpu":
             lengths = lengths or _CPU_LENGTHS[suite]
+            small = _CPU_SHAPE if self.preset == "default" else {"dtype": _CPU_SHAPE["dtype"]}
+            changes = {**small, **changes}
         if self.quick:
             lengths = self.lengths or _QUICK_LENGTHS[kind]
         if suite == "operators":
@@ -86,7 +87,8 @@ class Options:
             if suite == "memory":
                 lengths = lengths or _MEMORY_LENGTHS
             chosen = shapes.attention_shapes(self.preset, lengths, **changes)
-        return [dataclasses.replace(shape, nsa=shape.nsa.replace(**nsa)) for shape in chosen]
+        # Shapes that the changes made the same are one.
+        return list(dict.fromkeys(dataclasses.replace(shape, nsa=shape.nsa.replace(**nsa)) for shape in chosen))
 
 
 def run(
@@ -116,11 +118,20 @@ def run(
     bench = dataclasses.replace(bench, flop_per_s=1e12 * max(roofline.product_tflop_per_s.values()))
     report = Report(command, datetime.now(timezone.utc).isoformat(timespec="seconds"), found, roofline, ())
     for suite in options.suites:
-        for title, rows in _groups(suite, options, bench):
+        for title, rows in _guarded(suite, _groups(suite, options, bench)):
             found["clocks"][suite] = clocks(device)
             report = dataclasses.replace(report, rows=(*report.rows, *rows))
             group_done(title, rows, report)
     return report
+
+
+def _guarded(suite: str, groups: Iterator[tuple[str, list[Row]]]) -> Iterator[tuple[str, list[Row]]]:
+    """The groups; what raises ends the suite with a row that says so, and not the run."""
+    try:
+        yield from groups
+    except Exception as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        yield suite, [Row(suite, "suite", "forward", suite, True, {}, skipped=f"failed: the rest of the suite: {what}")]
 
 
 def _groups(suite: str, options: Options, bench: Bench) -> Iterator[tuple[str, list[Row]]]:
@@ -178,12 +189,18 @@ def _fields(kind: type) -> set[str]:
     return {field.name for field in dataclasses.fields(kind)}
 
 
-def check_selections(options: Options) -> None:
-    """Refuses `recorded` where no shape takes it.
+def check_options(options: Options) -> None:
+    """Refuses, before anything is measured, what a suite would refuse later, and `recorded` where no shape takes it.
 
     Raises:
         ValueError: if so.
     """
+    for suite in options.suites:
+        if suite in ("decode", "model"):
+            module = importlib.import_module(f"{__package__}.suites.{suite}")
+            module.options(options.quick, options.device, **_given(suite, options))
+        else:
+            options.shapes(suite)
     if options.selections == "recorded" and "operators" in options.suites:
         choose = _recorded(options)
         if all(choose(shape) is None for shape in options.shapes("operators")):
@@ -191,4 +208,4 @@ def check_selections(options: Options) -> None:
             raise bad("--selections", expected, "'recorded'", "its length, blocks or slots are others")
 
 
-__all__ = ["SELECTIONS", "SUITES", "Options", "Roofline", "check_selections", "run"]
+__all__ = ["SELECTIONS", "SUITES", "Options", "check_options", "run"]

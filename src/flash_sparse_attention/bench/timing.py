@@ -36,14 +36,14 @@ METHOD = {
         "Before that the device rests for as long as the run before took (0.5 s at the most), since at its power limit "
         "it lowers its clocks.",
         "All variants of a case are run in turn, after a warm-up of each by time; compilation is timed apart.",
-        "Each variant is checked against the reference on the same inputs first; without that it gets no time.",
+        "Each variant is checked on the same inputs first, and gets no time if it fails; docs/cli.md says by what.",
         "Clocks and power are read and never set.",
     ),
     "cpu": (
         "Times are of the wall clock; the median of the runs and the quartiles are given.",
         "Before each run 256 MiB are written, so that no cache holds the inputs.",
         "All variants of a case are run in turn, after a warm-up of each.",
-        "Each variant is checked against the reference on the same inputs first; without that it gets no time.",
+        "Each variant is checked on the same inputs first, and gets no time if it fails; docs/cli.md says by what.",
     ),
 }
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..bench.results import Report, Row
-from ..bench.run import SELECTIONS, SUITES, Options, check_selections
+from ..bench.run import SELECTIONS, SUITES, Options, check_options
 from ..bench.run import run as run_suites
 from ..bench.shapes import PRESETS, parse_lengths
 from ..training.config import resolve_device
@@ -105,7 +105,7 @@ def run(
         suite_options=_suite_options(changes, batch, new_tokens, page_size, models, layers),
         commit=commit,
     )
-    check_selections(options)
+    check_options(options)
     if output.exists() and not overwrite:
         raise bad("--output", "a new file", f"{str(output)!r}, which is there", "--overwrite replaces it")
     measured = _measure(options, output)
@@ -131,7 +131,10 @@ def _suite_options(
             check_positive(f"--{name.replace('_', '-')}", decode[name])
     if layers is not None and layers != "fit" and not (layers.isdigit() and int(layers) > 0):
         raise bad("--layers", "a number of layers, or fit", repr(layers))
+    if "dtype" in changes:
+        decode["dtype"] = changes["dtype"]
     model: dict[str, Any] = {
+        "dtype": changes.get("dtype"),
         "models": None if models is None else tuple(models.replace(" ", "").split(",")),
         "layers": int(layers) if layers is not None and layers != "fit" else layers,
     }

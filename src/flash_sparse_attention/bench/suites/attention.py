@@ -17,7 +17,7 @@ from ...config import NSAConfig
 from ...types import SequenceLayout
 from .. import baselines, costs, inputs
 from ..cases import Bench, Case, Variant
-from ..checks import layout_of, pieces, share
+from ..checks import keep_worst, layout_of, pieces, share
 from ..shapes import Shape
 from .operators import ATTENTION_DIRECTIONS, full_case
 
@@ -53,7 +53,7 @@ def whole_case(shape: Shape, x: inputs.Inputs, directions: tuple[str, ...] = ATT
 
     found = [Variant("triton" if cuda else "blockwise", run)]
     if cuda:
-        found.append(Variant("query_outer", partial(run, loop_order="query_outer"), ours=False))
+        found.append(Variant("query_outer", partial(run, loop_order="query_outer"), ours=False, strict=True))
     return Case(
         "whole attention", shape.whole(), shape.heads, _leaves(x), found,
         {way: costs.whole(shape, way) for way in directions}, expected, also=also,
@@ -77,8 +77,7 @@ def selection_errors(shape: Shape, q: Tensor, k: Tensor, indices: Tensor) -> dic
             return plain.importance(queries, keys, lse, nsa, layout)
 
         errors = compare_selection(indices[first:last], importance(q.dtype), importance(torch.float64), nsa, layout)
-        for name, error in errors.items():
-            worst[name] = max(worst.get(name, 0.0), share(error))
+        keep_worst(worst, {name: share(error) for name, error in errors.items()})
     return worst
 
 

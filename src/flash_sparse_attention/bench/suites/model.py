@@ -556,7 +556,8 @@ def _compiling() -> Iterator[None]:
     torch._dynamo.reset()
     # A compiled graph names a kernel of SDPA, but its key in the cache does not: another one would be measured.
     no_caches = torch._inductor.config.patch(force_disable_caches=True)
-    no_graphs = torch._functorch.config.patch(enable_autograd_cache=False)
+    # Buffers are given away whatever another suite said before.
+    no_graphs = torch._functorch.config.patch(enable_autograd_cache=False, donated_buffer=True)
     # Four variants have graphs of their own of the same code, for training and for prefill; 8 is the default.
     many = torch._dynamo.config.patch(recompile_limit=16)
     with no_caches, no_graphs, many, warnings.catch_warnings():

@@ -18,7 +18,7 @@ from ...selections import neighbour_overlap
 from ...types import SequenceLayout
 from .. import baselines, costs, inputs
 from ..cases import Bench, Case, Refusal, Variant
-from ..checks import layout_of, pieces, share
+from ..checks import keep_worst, layout_of, pieces, share
 from ..results import FULL
 from ..shapes import Shape
 
@@ -83,8 +83,10 @@ def index_case(shape: Shape, block_indices: Tensor) -> Case:
         return build_index(chosen, bounds, nsa.block_size, chunks).place
 
     def verify(place: Tensor) -> dict[str, float]:
-        # Every entry of these selections is valid or unused, and gets a place or none.
-        return {"places": 0.0 if torch.equal(place >= 0, block_indices >= 0) else float("inf")}
+        # Every entry of these selections is valid or unused, and gets a place of its own or none.
+        used = place[place >= 0]
+        each = torch.equal(used.sort().values, torch.arange(len(used), device=used.device, dtype=used.dtype))
+        return {"places": 0.0 if each and torch.equal(place >= 0, block_indices >= 0) else float("inf")}
 
     return Case(
         "inverted index", shape.selected(), shape.heads, {"block_indices": block_indices},
@@ -112,7 +114,7 @@ def selected_case(shape: Shape, x: inputs.Inputs, block_indices: Tensor) -> Case
         moved = {way: costs.selected(shape, block_indices, way, kv_outer=True) for way in ATTENTION_DIRECTIONS}
         found = [
             Variant("kv_outer", partial(run, impl="triton", loop_order="kv_outer"), costs=moved, notes=notes),
-            Variant("query_outer", partial(run, impl="triton", loop_order="query_outer"), ours=False),
+            Variant("query_outer", partial(run, impl="triton", loop_order="query_outer"), ours=False, strict=True),
         ]
         fla = baselines.selected_by_fla(block_indices, size)
         found.append(_baseline(fla, shape, True))
@@ -178,8 +180,7 @@ def selection_errors(shape: Shape, q: Tensor, k_compressed: Tensor, lse: Tensor,
             return plain.importance(q[rows].to(dtype), keys.to(dtype), lse[rows], nsa, layout)
 
         errors = compare_selection(chosen, importance(q.dtype), importance(torch.float64), nsa, layout)
-        for name, error in errors.items():
-            worst[name] = max(worst.get(name, 0.0), share(error))
+        keep_worst(worst, {name: share(error) for name, error in errors.items()})
     return worst
 
 
