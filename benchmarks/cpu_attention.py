@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -26,6 +24,7 @@ import torch
 import torch.nn.functional as F
 
 import flash_sparse_attention as fsa
+from flash_sparse_attention.bench.machine import device_name, peak_memory, source_commit
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 8, 2, 64
 
@@ -72,7 +71,7 @@ def compare(length: int, repeats: int) -> dict[str, object]:
     return {"length": length, "nsa_s": nsa, "sdpa_s": sdpa, "speedup": sdpa / nsa, "all_s": times}
 
 
-def peak_memory(length: int) -> dict[str, object]:
+def memory_of(length: int) -> dict[str, object]:
     """Peak resident GiB of a process that runs NSA forward and backward at this length."""
     command = [sys.executable, __file__, "--memory-of", str(length), "--threads", str(torch.get_num_threads())]
     peak = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -93,38 +92,23 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.memory_of is not None:
         sparse(*inputs(arguments.memory_of))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        print(peak_memory() / 2**30)
         return
     report = {
         "command": "python benchmarks/cpu_attention.py " + " ".join(sys.argv[1:]),
         "date": date.today().isoformat(),
-        "device": cpu_name(),
+        "device": device_name(torch.device("cpu")),
         "threads": arguments.threads,
         "torch": torch.__version__,
         "flash_sparse_attention": fsa.__version__,
-        "commit": commit(),
+        "commit": source_commit(),
         "shape": f"float32, {NUM_HEADS}/{NUM_KV_HEADS} heads of {HEAD_DIM}, {fsa.NSAConfig()}",
         "speed": [compare(length, arguments.repeats) for length in arguments.lengths],
-        "memory": [peak_memory(length) for length in arguments.memory_lengths],
+        "memory": [memory_of(length) for length in arguments.memory_lengths],
     }
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "attention.json").write_text(json.dumps(report, indent=2) + "\n")
-
-
-def commit() -> str:
-    """The commit that is measured."""
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout.strip()
-
-
-def cpu_name() -> str:
-    """Model of the processor, as the kernel names it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

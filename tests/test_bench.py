@@ -265,7 +265,7 @@ def test_reasons_are_kept(bench):
     assert rows["refuses", "backward"].skipped == "no even heads"
     assert rows["crashes", "forward"].skipped == "refused: RuntimeError: no kernel"
     assert rows["ours crashes", "forward"].skipped == "failed: RuntimeError: no kernel"
-    assert rows["far", "forward"].skipped.startswith("failed: wrong out")
+    assert rows["far", "forward"].skipped.startswith("refused: wrong out")
     assert [name for (name, way), row in rows.items() if row.ms is not None and way == "forward"] == ["good", "near"]
 
 

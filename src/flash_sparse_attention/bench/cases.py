@@ -12,11 +12,12 @@ import gc
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checks import Expected, check, share
+from .checks import Expected, check
 from .costs import Cost
 from .results import Row, Timing
 from .timing import Clock, Effort, Run, backward_of, first_run_s, interleaved, synchronize
@@ -90,13 +91,17 @@ class Case:
         """`forward` and `backward`, either, or `both` at once."""
         return tuple(self.costs)
 
-    def row(self, suite: str, variant: Variant, direction: str, **found: object) -> Row:
+    def row(self, suite: str, variant: Variant, direction: str, **found: Any) -> Row:
         """A row of this case."""
         cost = variant.costs.get(direction, self.costs[direction])
-        notes = variant.notes
-        sizes = {"flops": cost.flops or None, "bytes": cost.bytes or None, "moved_bytes": cost.moved_bytes}
-        fixed = (suite, self.operator, direction, variant.name, variant.ours, self.shape, self.origin)
-        return Row(*fixed, **{"notes": notes, **sizes, **found})  # type: ignore[arg-type]
+        fields: dict[str, Any] = {
+            "inputs": self.origin,
+            "notes": variant.notes,
+            "flops": cost.flops or None,
+            "bytes": cost.bytes or None,
+            "moved_bytes": cost.moved_bytes,
+        }
+        return Row(suite, self.operator, direction, variant.name, variant.ours, self.shape, **{**fields, **found})
 
 
 # A case, one of its variants, and what was found of it besides its time.
@@ -198,7 +203,7 @@ class Bench:
         wrong = {name: error for name, error in (errors or {}).items() if not error <= allowed}
         if wrong:
             which = ", ".join(f"{name} ({error:.3g} of what its error may be)" for name, error in wrong.items())
-            return found, f"failed: wrong {which}"
+            return found, f"{_verdict(variant)}: wrong {which}"
         return found, ""
 
     def _check(self, case: Case, variant: Variant, backward: bool) -> dict[str, float]:
@@ -268,7 +273,12 @@ def _reason(error: Exception, variant: Variant) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     what = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return f"{'failed' if variant.ours or variant.strict else 'refused'}: {what}"
+    return f"{_verdict(variant)}: {what}"
+
+
+def _verdict(variant: Variant) -> str:
+    """What it is called that a variant does not work: a failure of this library, or a baseline that is left out."""
+    return "failed" if variant.ours or variant.strict else "refused"
 
 
 def close(expected: Tensor, tolerance: float) -> Callable[[Tensor], dict[str, float]]:
@@ -283,6 +293,3 @@ def close(expected: Tensor, tolerance: float) -> Callable[[Tensor], dict[str, fl
 
 def _wanted(inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     return tuple(x for x in inputs.values() if x.requires_grad)
-
-
-__all__ = ["Bench", "Case", "Refusal", "Variant", "close", "share"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .. import geometry
 from ..config import NSAConfig
 from ..validation import FLOAT_DTYPES, bad, check_choice, check_heads, check_positive
 
@@ -47,7 +48,7 @@ class Shape:
     @property
     def windows(self) -> int:
         """Compressed tokens of the sequence."""
-        return max(0, (self.tokens - self.nsa.kernel_size) // self.nsa.kernel_stride + 1)
+        return geometry.num_compressed_tokens(self.tokens, self.nsa.kernel_size, self.nsa.kernel_stride)
 
     def dense(self) -> dict[str, int | str]:
         """The sizes that full attention has."""

@@ -35,8 +35,13 @@ def cases(shape: Shape, bench: Bench, compile_baselines: bool) -> list[Case]:
     return found
 
 
-def whole_case(shape: Shape, x: inputs.Inputs, directions: tuple[str, ...] = ATTENTION_DIRECTIONS) -> Case:
-    """The whole attention; on a GPU also with selected attention in the other loop order."""
+def whole_case(
+    shape: Shape, x: inputs.Inputs, directions: tuple[str, ...] = ATTENTION_DIRECTIONS, recompute: tuple[str, ...] = ()
+) -> Case:
+    """The whole attention; on a GPU also with selected attention in the other loop order.
+
+    With `recompute` the other one is that which computes these parts again in the backward pass.
+    """
     cuda = x.q.device.type == "cuda"
     # The selection of the newest run: what the output is checked with, and is checked itself.
     newest: dict[str, Tensor] = {}
@@ -52,7 +57,10 @@ def whole_case(shape: Shape, x: inputs.Inputs, directions: tuple[str, ...] = ATT
         return selection_errors(shape, x.q.detach(), x.k.detach(), newest["block_indices"])
 
     found = [Variant("triton" if cuda else "blockwise", run)]
-    if cuda:
+    if recompute:
+        notes = "recompute=" + ", ".join(recompute)
+        found.append(Variant(f"{found[0].name}, recompute", partial(run, recompute=recompute), notes=notes))
+    elif cuda:
         found.append(Variant("query_outer", partial(run, loop_order="query_outer"), ours=False, strict=True))
     return Case(
         "whole attention", shape.whole(), shape.heads, _leaves(x), found,

@@ -390,6 +390,10 @@ class Replayed:
         self._graph: Any = None
         self._out: Tensor | None = None
 
+    def on(self, _: Tensors) -> Tensor:
+        """The run as that of a case, whose inputs it holds itself."""
+        return self()
+
     def __call__(self) -> Tensor:
         if self._device.type != "cuda":
             return self._run()
@@ -436,7 +440,7 @@ def attention_case(options: DecodeOptions, filled: Filled) -> Case:
     run, device = Replayed(filled.attend, filled.q.device), filled.q.device
     return Case(
         "decode attention", options.sparse(filled.length), options.heads, {"q": filled.q},
-        [Variant(filled.impl, lambda given: run(), notes=_graph_notes(device))],
+        [Variant(filled.impl, run.on, notes=_graph_notes(device))],
         {"forward": attention_cost(options, filled.length)}, verify=filled.attention_errors,
     )  # fmt: skip
 
@@ -517,10 +521,7 @@ def full_case(options: DecodeOptions, length: int, device: torch.device) -> Case
     pairs = batch * options.heads * sum(range(length - new + 1, length + 1))
     cost = Cost(4.0 * options.head_dim * pairs, float(batch * length * row + q_and_out))
     graphs = {name: Replayed(run, device) for name, run in runs.items()}
-    found = [
-        Variant(name, lambda given, graph=graph: graph(), ours=False, notes=_graph_notes(device))  # type: ignore[misc]
-        for name, graph in graphs.items()
-    ]
+    found = [Variant(name, graph.on, ours=False, notes=_graph_notes(device)) for name, graph in graphs.items()]
     return Case(FULL, options.dense(length), options.heads, {"q": q}, found, {"forward": cost}, verify=verify)
 
 

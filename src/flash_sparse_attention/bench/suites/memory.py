@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
-import resource
-import sys
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ... import functional
 from .. import costs, inputs
-from ..cases import Bench, Case, Variant
+from ..cases import Bench, Case
+from ..machine import peak_memory
 from ..results import Row
 from ..shapes import Shape
 from .attention import whole_case
@@ -30,20 +28,13 @@ def groups(shapes: list[Shape], bench: Bench) -> Iterator[tuple[str, list[Case]]
     """A forward with a backward pass at each length: as it is, with all parts computed again, and full attention."""
     for shape in shapes:
         x = inputs.draw(shape, bench.device)
-        whole = whole_case(shape, x, ("both",))
-
-        run: Any = partial(whole.variants[0].run, recompute=EVERYTHING)  # type: ignore[call-arg]
-        again = Variant("triton, recompute", run, notes="recompute=" + ", ".join(EVERYTHING))
         both = costs.whole(shape, "forward") + costs.whole(shape, "backward")
-        full = full_case(shape, x, bench, False)
-        dense = costs.full(shape, "forward") + costs.full(shape, "backward")
-        yield (
-            str(shape),
-            [
-                dataclasses.replace(whole, variants=[whole.variants[0], again], costs={"both": both}),
-                dataclasses.replace(full, variants=full.variants[:1], costs={"both": dense}, with_memory=True),
-            ],
-        )
+        cases = [dataclasses.replace(whole_case(shape, x, ("both",), EVERYTHING), costs={"both": both})]
+        if shape.tokens <= FULL_UP_TO:
+            full = full_case(shape, x, bench, False)
+            dense = costs.full(shape, "forward") + costs.full(shape, "backward")
+            cases.append(dataclasses.replace(full, variants=full.variants[:1], costs={"both": dense}, with_memory=True))
+        yield str(shape), cases
 
 
 def cpu_rows(shapes: list[Shape], bench: Bench) -> list[Row]:
@@ -83,15 +74,4 @@ def _in_process(run: Any) -> int | None:
 
 def _report_peak(run: Any, pipe: Any) -> None:
     run()
-    pipe.send(_peak())
-
-
-def _peak() -> int:
-    """Bytes that this process had resident at its peak. What `getrusage` says on Linux may be its parent's."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        # Kibibytes, but on macOS bytes.
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    pipe.send(peak_memory())

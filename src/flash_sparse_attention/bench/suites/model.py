@@ -21,6 +21,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import importlib
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -153,7 +154,7 @@ def groups(options: ModelOptions, bench: Bench) -> Iterator[tuple[str, list[Row]
     """Title and rows of each model at each length."""
     reason = ""
     try:
-        from ...integrations import transformers  # noqa: F401
+        importlib.import_module("flash_sparse_attention.integrations.transformers")
     except ImportError as error:
         reason = f"transformers cannot be used here: {error}"
     if not reason and bench.device.type == "cpu" and "tiny" not in options.models:

@@ -98,9 +98,9 @@ def selected_case(shape: Shape, x: inputs.Inputs, block_indices: Tensor) -> Case
     """Selected attention in both loop orders."""
     size = shape.nsa.block_size
 
-    def run(given: Tensors, **options: str) -> Tensor:
+    def run(given: Tensors, **options: Any) -> Tensor:
         tensors = given["q"], given["k"], given["v"], given["block_indices"]
-        return functional.selected_attention(*tensors, block_size=size, **options).out  # type: ignore[arg-type]
+        return functional.selected_attention(*tensors, block_size=size, **options).out
 
     def expected(given: Tensors, first: int, last: int, layout: SequenceLayout) -> Tensor:
         operator = partial(functional.selected_attention, block_size=size)
