@@ -341,7 +341,7 @@ class NSACache:
         numbers = [int(x) for x in order]
         if len(numbers) != self.batch or not all(0 <= x < self.batch for x in numbers):
             raise bad("order", f"B={self.batch} numbers of sequences", numbers)
-        index = torch.tensor(numbers, device=self.device)
+        index = torch.tensor(numbers).to(self.device, non_blocking=True)
         for layer in self.layers:
             for pool in layer.pools():
                 pool.copy_(pool.index_select(0, index))
@@ -364,7 +364,7 @@ class NSACache:
         if len(numbers) == self.batch:
             self.reorder(numbers)
             return
-        index = torch.tensor(numbers, device=self.device)
+        index = torch.tensor(numbers).to(self.device, non_blocking=True)
         # All of them before any is replaced, as memory may run out.
         selected = [layer.mapped(lambda _, pool: pool.index_select(0, index)) for layer in self.layers]
         for layer, tensors in zip(self.layers, selected, strict=True):
@@ -411,7 +411,7 @@ class NSACache:
                 raise bad("lengths", "such that the tails of the pages reach back so far", got, cure)
         table = torch.full((self.batch, columns), -1, dtype=torch.int32)
         table[:, : page_table.shape[1]] = page_table.cpu()
-        self.page_table.copy_(table)
+        self.page_table.copy_(table, non_blocking=True)
         self._pages, self._users, self._lost = pages, users, set()
         self._set_lengths(wanted)
 
@@ -473,7 +473,7 @@ class NSACache:
 
     def _set_lengths(self, lengths: Sequence[int]) -> None:
         self._lengths = list(lengths)
-        self.seq_lens.copy_(torch.tensor(self._lengths, dtype=torch.int32))
+        self.seq_lens.copy_(torch.tensor(self._lengths, dtype=torch.int32), non_blocking=True)
 
     def _note_written(self, lengths: Sequence[int]) -> None:
         """Sequences were written to up to these lengths."""
