@@ -25,12 +25,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from timing import commit
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import flash_sparse_attention as fsa
 from flash_sparse_attention import NSAConfig
+from flash_sparse_attention.bench.machine import source_commit
 from flash_sparse_attention.integrations.transformers import conversion_config, convert, warm_up
 from flash_sparse_attention.nn import LanguageModel
 from flash_sparse_attention.training import VOCAB_SIZE, TrainConfig, load_model, read_corpus, train
@@ -224,7 +224,7 @@ def main() -> None:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "flash_sparse_attention": fsa.__version__,
-        "commit": args.commit or commit(),
+        "commit": args.commit or source_commit(),
         "model": MODEL | {"parameters": model.num_parameters()},
         "nsa": nsa.to_dict(),
         "steps": args.steps,

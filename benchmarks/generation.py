@@ -21,10 +21,10 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from timing import commit
 
 import flash_sparse_attention as fsa
 from flash_sparse_attention import NSAConfig
+from flash_sparse_attention.bench.machine import source_commit
 from flash_sparse_attention.nn import LanguageModel, LanguageModelConfig
 
 PIECE, TOKENS, CHECKED_UP_TO = 2048, 24, 4096
@@ -102,7 +102,7 @@ def main() -> None:
         "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "flash_sparse_attention": fsa.__version__,
-        "commit": commit(),
+        "commit": source_commit(),
         "lengths": measure(model, arguments.lengths),
     }
     if arguments.output is not None:

@@ -18,7 +18,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import shutil
 import statistics
 import sys
@@ -31,9 +30,9 @@ from typing import Any
 
 import torch
 import transformers
-from timing import commit, header
 
 import flash_sparse_attention as fsa
+from flash_sparse_attention.bench.machine import device_name, source_commit
 from flash_sparse_attention.training import TrainConfig, log, train
 from flash_sparse_attention.training.parallel import Group
 
@@ -91,19 +90,24 @@ def write_documents(path: Path, count: int, length: int) -> None:
             kept = kept[length - 1 :]
 
 
-def about(device: torch.device, measured: str) -> dict[str, Any]:
+def about(device: torch.device, measured: str | None) -> dict[str, Any]:
     """What the report begins with."""
-    if device.type == "cuda":
-        return header(measured, "bfloat16")
-    return {
+    found = {
         "command": "python benchmarks/training.py " + " ".join(sys.argv[1:]),
         "date": date.today().isoformat(),
-        "device": platform.processor() or platform.machine(),
+        "device": device_name(device),
         "torch": torch.__version__,
         "flash_sparse_attention": fsa.__version__,
         "commit": measured,
         "dtype": "bfloat16",
     }
+    if device.type == "cuda":
+        # Here, as a CPU needs no Triton.
+        import triton
+
+        cudnn = torch.backends.cudnn.version()
+        found |= {"triton": triton.__version__, "cuda": torch.version.cuda, "cudnn": cudnn}
+    return found
 
 
 def measure(config: TrainConfig, output: Path) -> dict[str, Any]:
@@ -170,7 +174,7 @@ def main() -> None:
     )
     device = group.device(config.resolve_device())
     group.connect(device)
-    report = about(device, args.commit or commit()) | {
+    report = about(device, args.commit or source_commit()) | {
         "transformers": transformers.__version__,
         "processes": group.size,
         "sequence_length": length,

@@ -23,9 +23,9 @@ from pathlib import Path
 import tomllib
 import torch
 import triton
-from timing import commit
 
 import flash_sparse_attention as fsa
+from flash_sparse_attention.bench.machine import source_commit
 from flash_sparse_attention.training import TrainConfig, log, train
 from flash_sparse_attention.training.trainer import LOG_FILE
 
@@ -85,7 +85,7 @@ def main() -> None:
     """Trains, compares, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--commit", default=commit(), help="what is measured, where there is no repository")
+    parser.add_argument("--commit", default=source_commit(), help="what is measured, where there is no repository")
     parser.add_argument("--runs", type=Path, help="folder for the runs; a temporary one by default")
     parser.add_argument("--plot-only", action="store_true")
     parser.add_argument("--output", type=Path, required=True, help="folder for the files")

@@ -7,6 +7,7 @@ lines or full marks.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -466,8 +467,10 @@ def _page(panels: int, heading: str, width: float = 3.6, height: float = 3.3) ->
 
 def _finish(ax: Axes, title: str, x: str, y: str, subtitle: str = "", outside: bool = False) -> None:
     """Titles, and a legend of what has a label, inside the panel or on its right."""
-    ax.set_title(title, fontsize=9, color=_INK, loc="left", pad=16 if subtitle else 4)
-    ax.annotate(subtitle, (0, 1), xytext=(0, 4), xycoords="axes fraction", va="bottom", **_NOTE)
+    # Broken behind commas only.
+    lines = textwrap.wrap(subtitle.replace(" ", "\xa0").replace(",\xa0", ", "), 52)
+    ax.set_title(title, fontsize=9, color=_INK, loc="left", pad=5 + 10 * len(lines))
+    ax.annotate("\n".join(lines), (0, 1), xytext=(0, 4), xycoords="axes fraction", va="bottom", **_NOTE)
     ax.set_xlabel(x, fontsize=8, color=_FAINT_INK, labelpad=3)
     ax.set_ylabel(y, fontsize=8, color=_FAINT_INK, labelpad=3)
     if ax.get_legend_handles_labels()[0]:

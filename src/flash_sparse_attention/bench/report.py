@@ -303,8 +303,7 @@ def _steadiness(device: Device) -> list[str]:
     rows, most = text.counted(len(timed), "row"), text.share(spread)
     return [
         f"Of {rows} above {STEADY_FROM_MS} ms, {len(unsteady)} have quartiles that lie more than {text.share(STEADY)} "
-        f"of the median apart, at most {most} ({which}): the clocks of the device were not steady, and gains between "
-        "such rows are no more exact than that.\n"
+        f"of the median apart, at most {most} ({which}): gains of such rows are no more exact than that.\n"
     ]
 
 
