@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
+from typing import Any
 
 # cuBLAS is deterministic with a workspace of fixed size only; it reads this when it is first used.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -18,6 +20,33 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)
     # See below; on a GPU some operators have no deterministic variant.
     config.addinivalue_line("filterwarnings", "ignore:.*does not have a deterministic implementation:UserWarning")
+
+
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        hasten_the_interpreter()
+
+
+def hasten_the_interpreter() -> None:
+    """Triton's interpreter looks through all that `triton.language` has at each call of a function of a kernel: a tenth
+    of the time of these tests. What there is to be replaced does not change, so its names are kept."""
+    try:
+        from triton.language import core
+        from triton.runtime import interpreter
+
+        patch_attribute, names = interpreter._patch_attr, {}
+        interpreter._patch_builtin  # noqa: B018 (there is nothing to hasten in a version without it)
+    except (ImportError, AttributeError):
+        return
+
+    def patch_builtin(package: Any, *rest: Any) -> None:
+        if package not in names:
+            names[package] = [name for name, member in inspect.getmembers(package) if core.is_builtin(member)]
+        for name in names[package]:
+            member = getattr(package, name)
+            if core.is_builtin(member):
+                patch_attribute(package, name, member, *rest)
+
+    interpreter._patch_builtin = patch_builtin
 
 
 @pytest.fixture(autouse=True)
