@@ -37,8 +37,11 @@ class Scratch:
     def empty(self, name: str, *shape: int) -> Tensor:
         """A tensor of this shape with anything in it; what was there under this name before is gone."""
         size = math.prod(shape)
-        if name not in self._buffers or self._buffers[name].numel() < size:
+        if name not in self._buffers:
             self._buffers[name] = self._like.new_empty(size)
+        elif self._buffers[name].numel() < size:
+            # Somewhat more, as what grows once grows again.
+            self._buffers[name] = self._like.new_empty(size + size // 8)
         return self._buffers[name][:size].view(shape)
 
     def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:

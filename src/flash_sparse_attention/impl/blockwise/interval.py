@@ -31,10 +31,9 @@ from .common import (
     unrows,
 )
 
-QUERY_TILE, KEY_TILE = 128, 512  # tokens, keys
-# Of a sliding window: fewer queries, so that more of what their keys give is visible, and all their keys at once. 1.1
-# instead of 1.5 s forward and backward at 32,768 tokens and a window of 512, 8/2 heads of 64, on two cores.
-WINDOW_QUERY_TILE, LARGEST_WINDOW_TILE = 64, 1024
+QUERY_TILE, KEY_TILE = 256, 256  # tokens, keys
+# Of a sliding window: fewer queries, so that more of what their keys give is visible, and all their keys at once.
+WINDOW_QUERY_TILE, LARGEST_WINDOW_TILE = 128, 1024
 
 
 class Tile(NamedTuple):
@@ -55,11 +54,16 @@ class Tile(NamedTuple):
 
     def hide_(self, scores_KRS: Tensor, span: slice) -> Tensor:
         """Sets the scores of invisible pairs to -inf, in place; rows are (query, head of the group)."""
-        if self.seen_by_all.start <= span.start and span.stop <= self.seen_by_all.stop:
-            return scores_KRS
-        key_S = torch.arange(span.start, span.stop, device=scores_KRS.device)
-        visible_TS = (self.start_T[:, None] <= key_S) & (key_S < self.end_T[:, None])
-        scores_KRS.unflatten(1, (len(self.start_T), -1)).masked_fill_(~visible_TS[None, :, None], -math.inf)
+        scores_KTGS = scores_KRS.unflatten(1, (len(self.start_T), -1))
+        seen_begin = min(max(self.seen_by_all.start, span.start), span.stop)
+        seen_end = min(max(self.seen_by_all.stop, seen_begin), span.stop)
+        # What all queries see needs no mask: in most tiles that leaves a few keys at either end.
+        for first, last in ((span.start, seen_begin), (seen_end, span.stop)):
+            if first < last:
+                key_S = torch.arange(first, last, device=scores_KRS.device)
+                hidden_TS = (self.start_T[:, None] > key_S) | (key_S >= self.end_T[:, None])
+                edge_KTGS = scores_KTGS[..., first - span.start : last - span.start]
+                edge_KTGS.masked_fill_(hidden_TS[None, :, None], -math.inf)
         return scores_KRS
 
 
@@ -113,23 +117,43 @@ def _interval_attention(
         scratch = Scratch(k_KSD)
         for tile in tiles(interval, layout, q.shape[1]):
             q_KRD = rows(q[tile.queries], k.shape[1]).mul_(softmax_scale * LOG2_E)
-            max_KR1 = q_KRD.new_full((*q_KRD.shape[:2], 1), -math.inf)
-            sum_KR1, out_KRV = torch.zeros_like(max_KR1), q_KRD.new_zeros(*q_KRD.shape[:2], v.shape[-1])
+            running: _Running | None = None
             for span in tile.spans():
                 scores_KRS = tile.hide_(scratch.product("scores", q_KRD, k_KSD[:, span].mT), span)
-                larger_KR1 = torch.maximum(max_KR1, scores_KRS.amax(-1, keepdim=True))
-                # A row that has seen no key yet keeps the maximum -inf, and any finite one serves it.
-                finite_KR1 = larger_KR1.masked_fill(larger_KR1 == -math.inf, 0.0)
-                p_KRS = scores_KRS.sub_(finite_KR1).exp2_()
-                shrink_KR1 = (max_KR1 - finite_KR1).exp2_()
-                sum_KR1.mul_(shrink_KR1).add_(p_KRS.sum(-1, keepdim=True))
-                out_KRV.mul_(shrink_KR1).baddbmm_(p_KRS, v_KSV[:, span])
-                max_KR1 = larger_KR1
+                running = _attend(scores_KRS, v_KSV[:, span], running, scratch)
+            if running is None:
+                out[tile.queries], lse[tile.queries] = 0.0, -math.inf
+                continue
+            max_KR1, sum_KR1, out_KRV = running
             # Where no key was seen the sum is 0: output 0, lse -inf.
             out_KRV.div_(sum_KR1.clamp(min=torch.finfo(sum_KR1.dtype).tiny))
             out[tile.queries] = unrows(out_KRV, q.shape[1])
             lse[tile.queries] = unrows((max_KR1 + sum_KR1.log2()).mul_(LN_2), q.shape[1]).squeeze(-1)
     return out, lse
+
+
+class _Running(NamedTuple):
+    """A softmax over the keys up to here: maximum (log2 units), sum, weighted sum of the values."""
+
+    max_KR1: Tensor
+    sum_KR1: Tensor
+    out_KRV: Tensor
+
+
+def _attend(scores_KRS: Tensor, v_KSV: Tensor, before: _Running | None, scratch: Scratch) -> _Running:
+    """The softmax with these keys too. Writes over the scores, and over what it goes on from."""
+    max_KR1 = scores_KRS.amax(-1, keepdim=True)
+    if before is not None:
+        max_KR1 = torch.maximum(max_KR1, before.max_KR1)
+    # A row that has seen no key yet keeps the maximum -inf, and any finite one serves it.
+    finite_KR1 = max_KR1.masked_fill(max_KR1 == -math.inf, 0.0)
+    p_KRS = scores_KRS.sub_(finite_KR1).exp2_()
+    sum_KR1 = p_KRS.sum(-1, keepdim=True)
+    if before is None:
+        return _Running(max_KR1, sum_KR1, scratch.product("out", p_KRS, v_KSV))
+    shrink_KR1 = (before.max_KR1 - finite_KR1).exp2_()
+    sum_KR1.addcmul_(before.sum_KR1, shrink_KR1)
+    return _Running(max_KR1, sum_KR1, before.out_KRV.mul_(shrink_KR1).baddbmm_(p_KRS, v_KSV))
 
 
 @torch.library.custom_op("flash_sparse_attention::interval_attention_blockwise_backward", mutates_args=())
@@ -160,15 +184,18 @@ def _interval_attention_backward(
             at = tile.queries
             q_KRD, dout_KRV = rows(q[at], k.shape[1]).mul_(softmax_scale * LOG2_E), rows(d_out[at], k.shape[1])
             normaliser_KR1, shift_KR1 = rows(normaliser[at, :, None], k.shape[1]), rows(shift[at, :, None], k.shape[1])
-            dq_KRD = torch.zeros_like(q_KRD)
+            dq_KRD: Tensor | None = None
             for span in tile.spans():
                 scores_KRS = tile.hide_(scratch.product("scores", q_KRD, k_KSD[:, span].mT), span)
                 p_KRS = scores_KRS.sub_(normaliser_KR1).exp2_()
                 dv_KSV[:, span].baddbmm_(p_KRS.mT, dout_KRV)
                 ds_KRS = scratch.product("ds", dout_KRV, v_KSV[:, span].mT).sub_(shift_KR1).mul_(p_KRS)
                 dk_KSD[:, span].baddbmm_(ds_KRS.mT, q_KRD)
-                dq_KRD.baddbmm_(ds_KRS, k_KSD[:, span])
-            dq[at] = unrows(dq_KRD.mul_(softmax_scale), q.shape[1])
+                if dq_KRD is None:
+                    dq_KRD = scratch.product("dq", ds_KRS, k_KSD[:, span])
+                else:
+                    dq_KRD.baddbmm_(ds_KRS, k_KSD[:, span])
+            dq[at] = 0.0 if dq_KRD is None else unrows(dq_KRD.mul_(softmax_scale), q.shape[1])
         # The rows of q held softmax_scale * log2(e); dk wants softmax_scale.
         dk_KSD.mul_(LN_2)
     return dq, token_major(dk_KSD, k), token_major(dv_KSV, v)
