@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import flash_sparse_attention
 from flash_sparse_attention.training import TrainConfig, Trainer, log, train
 from flash_sparse_attention.training.parallel import Group
 from pretrained_runs import texts, tiny_config, write_jsonl, write_model
@@ -119,7 +120,9 @@ def of_two_minds(folder: Path, rank: int, device: str) -> None:
 
 def torchrun(folder: Path, *command: str) -> subprocess.CompletedProcess:
     """A command in two processes, as a user starts it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # The package that is tested, also where it runs from its sources and the path to them is a relative one.
+    path = os.pathsep.join([str(Path(flash_sparse_attention.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path.rstrip(os.pathsep)}
     # Of a run within a run.
     for name in NAMES:
         environment.pop(name, None)

@@ -99,8 +99,10 @@ def test_never_waits_for_the_device(preset: str):
     one, y = SequenceLayout.uniform(2, 1, "cuda"), x[:2]
 
     def run() -> None:
-        with cache.extend(layout):
-            layer(x, layout, cache=cache.layers[0])
+        # A prompt in two pieces, of which the second has a past, and tokens one by one.
+        for _ in range(2):
+            with cache.extend(layout):
+                layer(x, layout, cache=cache.layers[0])
         for _ in range(20):
             with cache.extend(one):
                 layer(y, one, cache=cache.layers[0])

