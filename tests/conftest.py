@@ -21,7 +21,6 @@ def pytest_configure(config: pytest.Config) -> None:
     # See below; on a GPU some operators have no deterministic variant.
     config.addinivalue_line("filterwarnings", "ignore:.*does not have a deterministic implementation:UserWarning")
 
-
     if os.environ.get("TRITON_INTERPRET") == "1":
         hasten_the_interpreter()
 
