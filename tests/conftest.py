@@ -31,11 +31,12 @@ def hasten_the_interpreter() -> None:
     try:
         from triton.language import core
         from triton.runtime import interpreter
-
-        patch_attribute, names = interpreter._patch_attr, {}
-        interpreter._patch_builtin  # noqa: B018 (there is nothing to hasten in a version without it)
-    except (ImportError, AttributeError):
+    except ImportError:
         return
+    if not (hasattr(interpreter, "_patch_builtin") and hasattr(interpreter, "_patch_attr")):
+        # A version of Triton that does it in another way.
+        return
+    names: dict[object, list[str]] = {}
 
     def patch_builtin(package: Any, *rest: Any) -> None:
         if package not in names:
@@ -43,7 +44,7 @@ def hasten_the_interpreter() -> None:
         for name in names[package]:
             member = getattr(package, name)
             if core.is_builtin(member):
-                patch_attribute(package, name, member, *rest)
+                interpreter._patch_attr(package, name, member, *rest)
 
     interpreter._patch_builtin = patch_builtin
 

@@ -488,3 +488,28 @@ def test_the_peak_is_that_of_the_process_itself():
     peak = memory._in_process(print)
     assert peak < held.numel() * 4 + 2**30
     assert memory._in_process(int) is not None
+
+
+def test_results_are_not_written_into_a_folder(tmp_path):
+    result = invoke("--quick", *SIZES, "--output", tmp_path)
+    assert "--output must be a file, got the folder" in str(result.exception)
+
+
+def test_memory_of_full_attention_is_measured_up_to_a_length(bench, monkeypatch):
+    monkeypatch.setattr(memory, "FULL_UP_TO", 100)
+    shapes = [dataclasses.replace(SMALL, tokens=tokens) for tokens in (100, 101)]
+    operators_of = [[case.operator for case in cases] for _, cases in memory.groups(shapes, bench)]
+    assert operators_of == [["whole attention", "full attention"], ["whole attention"]]
+
+
+def test_what_is_held_to_our_bounds_fails_as_ours_does(bench):
+    def crash(given):
+        raise RuntimeError("no kernel")
+
+    def far(given):
+        return given["x"] * 3
+
+    strict = [Variant(run.__name__, run, ours=False, strict=True) for run in (crash, far)]
+    rows = measured(bench, *strict)
+    assert rows["crash", "forward"].skipped == "failed: RuntimeError: no kernel"
+    assert rows["far", "forward"].skipped.startswith("failed: wrong out")

@@ -159,9 +159,16 @@ def test_chunks_segments_and_a_rebuilt_index_change_nothing(loop_order: str, mon
     again = outputs_and_gradients(q, k, v, indices, **common, save_index=False)
     assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
     monkeypatch.setattr(inverted_index, "MIN_CHUNK_TOKENS", 16)
-    fit = ops.Chunks.fit
-    monkeypatch.setattr(ops.Chunks, "fit", lambda *args: fit(*args[:-1], 20 * 3 * args[-2]))
+    fit, chunks = ops.Chunks.fit, []
+
+    def small(*args):
+        chunks.append(fit(*args[:-1], 20 * 3 * args[-2]))
+        return chunks[-1]
+
+    monkeypatch.setattr(ops.Chunks, "fit", small)
     cut = outputs_and_gradients(q, k, v, indices, **common)
+    assert chunks
+    assert all(one.heads == 1 and one.token_chunks > 1 for one in chunks)
     assert_same(cut, whole, 1e-6)
 
 

@@ -187,12 +187,16 @@ class Report:
         """Reads what `save` wrote.
 
         Raises:
-            ValueError: if it is no report, or one of another version of this library that cannot be read.
+            ValueError: if there is no such file, or it is no report or one of another version that cannot be read.
             OSError: if it cannot be read.
         """
         expected = "a result of `fsa bench`"
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise bad(
+                "FILE", expected, f"{str(path)!r}, which does not exist", "fsa bench --output writes one"
+            ) from error
         except (UnicodeDecodeError, json.JSONDecodeError) as error:
             raise bad("FILE", expected, f"{str(path)!r}, which is no JSON ({error})") from error
         if not isinstance(content, dict) or "schema" not in content or "rows" not in content:
