@@ -103,3 +103,8 @@ def test_rows_without_sizes_and_errors_that_are_no_numbers_come_back(tmp_path):
     report.save(tmp_path / "bench.json")
     assert "Infinity" not in (tmp_path / "bench.json").read_text()
     assert Report.load(tmp_path / "bench.json") == report
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"FILE must be a result of `fsa bench`, got '.*nowhere.json', which does not"):
+        Report.load(tmp_path / "nowhere.json")
