@@ -201,6 +201,30 @@ def test_saves_what_it_says():
     assert everything - kept_elements(("index",)) > 2 * 24 * 2 * 3
 
 
+@pytest.mark.parametrize("programs", [1, 64])
+def test_gradients_of_what_branches_share_add_up(programs: int, monkeypatch: pytest.MonkeyPatch):
+    # Rows of a tile of keys in one share, whose program adds, and in several, which are summed up first.
+    monkeypatch.setattr("flash_sparse_attention.impl.triton.interval.DKV_PROGRAMS", programs)
+    torch.manual_seed(0)
+    q, k, v = draw(50, 50)
+    own = [x.detach().clone().requires_grad_() for x in (k, v)]
+    gates = torch.randn(50, 4, 3)
+    weight = torch.randn(50, 4, 16)
+
+    def gradients(*wanted: Tensor, **window: Tensor) -> tuple[Tensor, ...]:
+        out = nsa_attention(q, k, v, gates, SMALL, impl="triton", **window).out
+        return torch.autograd.grad((out * weight).sum(), wanted)
+
+    shared = gradients(q, k, v)
+    dq, dk, dv, dk_window, dv_window = gradients(q, k, v, *own, k_window=own[0], v_window=own[1])
+    for got, expected in zip(shared, (dq, dk + dk_window, dv + dv_window), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    # One of them alone has nobody to share with.
+    dk, dv, dv_window = gradients(k, v, own[1], v_window=own[1])
+    torch.testing.assert_close(dk, shared[1], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dv + dv_window, shared[2], rtol=1e-5, atol=1e-6)
+
+
 def test_operator_contracts():
     from flash_sparse_attention.impl.triton.ops.attention import Sizes, _nsa_attention
     from flash_sparse_attention.impl.triton.ops.block_selection import _select_blocks
@@ -218,7 +242,8 @@ def test_operator_contracts():
     opcheck(_select_blocks, (q.detach(), k_compressed.detach(), lse, bounds, None, 12, 8, 4, 16, 3, 1, 1, 0.25))
     for recompute in ("", "window,index"):
         sizes = Sizes(12, 8, 4, 16, 3, 1, 1, 7, 0.25, "auto", 64, recompute)
-        opcheck(_nsa_attention, (q, k, v, k_compressed, v_compressed, k, v, gates, bounds, None, *sizes))
+        window = (None, None) if recompute else (k, v)
+        opcheck(_nsa_attention, (q, k, v, k_compressed, v_compressed, *window, gates, bounds, None, *sizes))
 
 
 def test_no_tokens_and_no_windows():

@@ -116,10 +116,8 @@ SELECTED = (FORWARD, BACKWARD, BACKWARD_WITHOUT_DQ)
 DENSE = ("_interval_fwd_kernel", "_interval_dq_kernel", "_interval_dkv_kernel", "_block_scores_kernel")
 SPILL_BYTES = {
     FORWARD: {80: 116, 90: 8, 100: 16},
-    # Most of it around the last stores, where dK, dV and the sums to add to are held at once; 20 loads in the loop.
-    BACKWARD: {80: 264, 90: 280, 100: 158},
-    BACKWARD_WITHOUT_DQ: {80: 136, 90: 158, 100: 154},
-    "_sum_segments_kernel": {80: 4},
+    BACKWARD: {80: 250, 90: 186},
+    BACKWARD_WITHOUT_DQ: {80: 118, 90: 78},
     "_interval_fwd_kernel": {80: 60, 90: 16},
     # Both gradients, scores and their gradient are held at once; the loop is faster so than with smaller tiles.
     "_interval_dkv_kernel": {80: 116, 90: 350},
@@ -132,7 +130,7 @@ SPILL_BYTES_OF_CASE = {
     # Products in float32 take no matrix unit.
     Case(90, dtype=torch.float32): {
         FORWARD: 704,
-        BACKWARD: 408,
+        BACKWARD: 424,
         BACKWARD_WITHOUT_DQ: 1300,
         "_selected_fwd_query_outer_kernel": 592,
         "_interval_fwd_kernel": 1400,
@@ -216,7 +214,8 @@ def launch_branches(
         rest = shift, delta, cu_seqlens, key_bounds, sizes
         add = sizes.window_size > 0
         launch_interval_dq(d_out, *given, *rest, schedule.dq, torch.empty_like(q), add, cu_seqlens_k)
-        launch_interval_dkv(d_out, *given, *rest, schedule.dkv, cu_seqlens_k)
+        sums = (torch.empty_like(keys), torch.empty_like(values)) if add else None
+        launch_interval_dkv(d_out, *given, *rest, schedule.dkv, cu_seqlens_k, sums)
     launch_select_blocks(
         q, k_compressed, lses[0], cu_seqlens, bounds, len(k), KERNEL_SIZE, KERNEL_STRIDE, SCORE_BLOCK_SIZE, case.slots,
         1, 2, 0.1, score_tiles(case.dims[0], case.dtype, case.arch), cu_seqlens_k,
@@ -369,8 +368,9 @@ LENGTHS = [(1000, 1), (4097, 7), (65536, 16)]
 
 
 # The one holds a row of scores: there is a kernel for each power of two, as short rows would pay for long ones. The
-# other writes float32 for several shares of the rows, into which short sequences are cut, and the gradients for one.
-BY_MAGNITUDE = {"_pick_blocks_kernel", "_interval_dkv_kernel"}
+# other writes float32 for several shares of the rows, into which short sequences are cut, and for one the gradients, or
+# adds to them.
+BY_MAGNITUDE = {"_pick_blocks_kernel", "_interval_dkv_kernel", "_interval_dkv_kernel ADD"}
 
 
 def test_lengths_never_recompile(compiler: Compiler):

@@ -172,6 +172,38 @@ def test_chunks_segments_and_a_rebuilt_index_change_nothing(loop_order: str, mon
     assert_same(cut, whole, 1e-6)
 
 
+def test_chunks_lose_nothing_to_rounding(monkeypatch: pytest.MonkeyPatch):
+    from flash_sparse_attention.impl.triton import inverted_index
+    from flash_sparse_attention.impl.triton.ops import selected as ops
+
+    tokens = 240
+    q, k, v = (x.half().detach().requires_grad_() for x in draw(tokens))
+    # Every chunk of tokens adds to the first block.
+    indices = torch.zeros(tokens, 2, 1, dtype=torch.int32)
+    whole = outputs_and_gradients(q, k, v, indices, impl="triton")
+    monkeypatch.setattr(inverted_index, "MIN_CHUNK_TOKENS", 16)
+    fit = ops.Chunks.fit
+    monkeypatch.setattr(ops.Chunks, "fit", lambda *args: fit(*args[:-1], 16 * args[-2]))
+    cut = outputs_and_gradients(q, k, v, indices, impl="triton")
+    for got, expected in zip(cut[3:], whole[3:], strict=True):
+        # One unit in the last place: sums in float16 would be off by several.
+        torch.testing.assert_close(got, expected, rtol=2**-10, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1 << 16, 1 << 19, 1 << 20])
+def test_what_the_backward_pass_keeps_fits_the_workspace(tokens: int):
+    from flash_sparse_attention.impl.triton.ops.selected import chunks_of
+    from flash_sparse_attention.impl.triton.tuning import SelectedShape, tiles_of
+
+    block_indices = torch.empty(tokens, 8, 16, dtype=torch.int32, device="meta")
+    shape = SelectedShape(tokens, 8, 4, 16, 64, 128, 128, torch.bfloat16)
+    chunks = chunks_of(shape, block_indices, tokens, torch.empty(2, dtype=torch.int32, device="meta"), 1024)
+    partial = chunks.pairs * shape.group * 128 * 2
+    tiles = 2 * (chunks.pairs // tiles_of(shape).kv_outer_backward.segment_pairs) * 64 * (128 + 128) * 4
+    rest = tokens * chunks.heads * (128 + 128) * 2 if chunks.token_chunks > 1 else 0
+    assert partial + tiles + rest <= 1 << 30
+
+
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
 def test_any_softmax_scale(scale: float):
     q, k, v = draw()

@@ -494,11 +494,13 @@ def nsa_attention(
     row = _whole(q, v, config, impl)
     if row is not None:
         _check_loop_order(loop_order, row)
-        tensors = (q, k, v, k_compressed, v_compressed, k_window, v_window, gates)
+        tensors = map(pack.flat, (q, k, v, k_compressed, v_compressed))
+        # The gradients of what both branches take are then added up in place.
+        shared = k_window is k and v_window is v
+        own = (None, None) if shared else (pack.flat(k_window), pack.flat(v_window))
+        options = config, pack.layout, scale, loop_order, workspace_mib, recompute
         with no_autocast(q):
-            result = load(row)(
-                *map(pack.flat, tensors), config, pack.layout, scale, loop_order, workspace_mib, recompute
-            )
+            result = load(row)(*tensors, *own, pack.flat(gates), *options)
         return NSAOutput(*map(pack.restore, result))
     out_compressed, lse = compressed_attention(q, k_compressed, v_compressed, **windows, **common)
     block_indices = select_blocks(

@@ -1,6 +1,6 @@
 """The writing of a cache: where new tokens go, keys and values to their places, windows that became full.
 
-plan_step        program (sequence)                   positions, places, windows of a step: once for all layers
+plan_step        program (sequence, tile of tokens)   positions, places, windows of a step: once for all layers
 store_rows       program (tile of rows, kv head, pair)  keys and values to pages
 gather_windows   program (token of a window, head)    tokens of windows, from the tail and from the new ones
 pool_windows     program (window, head, k or v)       the same, averaged, rotated and stored
@@ -20,6 +20,8 @@ Pair = tuple[Tensor, Tensor]
 
 # Rows of a program that stores: many of a prompt, one of a few new tokens, so that there are enough programs.
 ROWS, FEW_ROWS = 32, 512
+# New tokens of a sequence that a program plans.
+PLAN_TOKENS = 128
 
 
 @on_its_device
@@ -55,11 +57,16 @@ def plan_step(
     exists, kept = flags(rows), flags(rows)
     start, to_page, to_row, to_exists = *(empty(windows) for _ in range(3)), flags(windows)
     kept_page, kept_row, new, is_new = *(empty(*of_windows) for _ in range(3)), flags(*of_windows)
-    _plan_step_kernel[(batch,)](
+    # One program reads the length of a sequence and writes it; several find it written.
+    tile = min(padded(tokens, 1), PLAN_TOKENS)
+    tiles, slots_of_tile = triton.cdiv(tokens, tile), triton.cdiv(tile, kernel_stride)
+    if tiles > 1:
+        seq_lens.add_(tokens)
+    _plan_step_kernel[(batch, tiles)](
         seq_lens, page_table, position, page, row, tail_row, exists, kept, start, to_page, to_row, to_exists,
         kept_page, kept_row, new, is_new, page_table.shape[1], num_pages, page_size, tail_rows, page_table.stride(0),
-        tokens, slots, kernel_size, kernel_stride, padded(tokens, 1), padded(slots, 1), padded(kernel_size, 1),
-        num_warps=1,  # it reads the length that it writes
+        tokens, slots, kernel_size, kernel_stride, tile, slots_of_tile, padded(slots_of_tile, 1),
+        padded(kernel_size, 1), tiles > 1, num_warps=1,
     )  # fmt: skip
     place, tail = Place(page, row, exists), Place(page, tail_row, kept)
     return (
@@ -211,20 +218,27 @@ def _plan_step_kernel(
     KERNEL_STRIDE: tl.constexpr,
     TOKENS: tl.constexpr,
     SLOTS: tl.constexpr,
+    SLOTS_PADDED: tl.constexpr,
     SIZE: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
     """Where the new tokens of a sequence go, and the windows that they may fill.
 
-    Grid: (sequence,).
-    Owns: what is said of its tokens and windows, and its length, by plain stores.
+    Grid: (sequence, tile of its new tokens and of as many windows as they could fill).
+    Owns: what is said of its tokens and windows and, unless they are COUNTED in the length already, the length, by
+        plain stores.
     Invariant: after n steps, the first n windows are described.
     """
     sequence = tl.program_id(0)
+    tile = tl.program_id(1)
     past = tl.load(seq_lens_ptr + sequence)
+    if COUNTED:
+        past -= tokens
     after = past + tokens
-    tl.store(seq_lens_ptr + sequence, after)
+    if not COUNTED:
+        tl.store(seq_lens_ptr + sequence, after)
     page_table_ptr += sequence.to(tl.int64) * stride_table
-    i = tl.arange(0, TOKENS)
+    i = tile * TOKENS + tl.arange(0, TOKENS)
     mask = i < tokens
     at = sequence * tokens + i
     position = past + i
@@ -242,8 +256,10 @@ def _plan_step_kernel(
 
     rows_of_page = page_size // KERNEL_STRIDE
     first, end = _num_windows(past, KERNEL_SIZE, KERNEL_STRIDE), _num_windows(after, KERNEL_SIZE, KERNEL_STRIDE)
-    slot = tl.arange(0, SLOTS)
-    mask_slot = slot < slots
+    first_slot = tile * SLOTS
+    last_slot = tl.minimum(first_slot + SLOTS, slots)
+    slot = first_slot + tl.arange(0, SLOTS_PADDED)
+    mask_slot = slot < last_slot
     window = first + slot
     # geometry.newest_chunk
     chunk = window + (KERNEL_SIZE // KERNEL_STRIDE - 1)
@@ -255,7 +271,7 @@ def _plan_step_kernel(
     tl.store(to_exists_ptr + at, exists & (window < end), mask=mask_slot)
     offs = tl.arange(0, SIZE)
     mask = offs < KERNEL_SIZE
-    for s in tl.range(0, slots):
+    for s in tl.range(first_slot, last_slot):
         token = (first + s) * KERNEL_STRIDE + offs
         kept_page, _ = _page_of(page_table_ptr, token // page_size, columns, num_pages, mask)
         new = sequence * tokens + tl.minimum(tl.maximum(token - past, 0), tokens - 1)

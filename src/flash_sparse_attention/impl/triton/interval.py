@@ -134,27 +134,31 @@ def launch_interval_dkv(
     sizes: IntervalSizes,
     tiles: IntervalTiles,
     cu_seqlens_k: Tensor | None = None,
+    add_to: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of k and v, in their dtypes; `shift` and `delta` are those of `launch_shifts`.
 
-    Bounds are as for `launch_interval_fwd`.
+    They are added to those in `add_to`, in place, if there are any. Bounds are as for `launch_interval_fwd`.
     """
     (num_keys, num_kv_heads, dim_k), dim_v, num_heads = k.shape, v.shape[2], q.shape[1]
     group, num_sequences = num_heads // num_kv_heads, cu_seqlens.numel() - 1
     key_tiles = num_keys // tiles.keys + num_sequences
-    shares = _shares(key_tiles * num_kv_heads, num_keys * num_kv_heads * (dim_k + dim_v))
-    if shares == 1:
-        dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    else:
-        dk, dv = (x.new_empty(shares, *x.shape, dtype=torch.float32) for x in (k, v))
+    elements = num_keys * num_kv_heads * (dim_k + dim_v)
+    shares = _shares(key_tiles * num_kv_heads, elements, sizes.window_size > 0)
+    dk, dv = add_to or (k.new_empty(k.shape), v.new_empty(v.shape))
+    dk_parts, dv_parts = dk, dv
+    if shares > 1:
+        dk_parts, dv_parts = (x.new_empty(shares, *x.shape, dtype=torch.float32) for x in (k, v))
     _interval_dkv_kernel[(key_tiles, num_kv_heads, shares)](
-        q, k, v, d_out, shift, delta, cu_seqlens, key_bounds, cu_seqlens_k, dk, dv, num_sequences, num_keys,
+        q, k, v, d_out, shift, delta, cu_seqlens, key_bounds, cu_seqlens_k, dk_parts, dv_parts, num_sequences, num_keys,
         sizes.softmax_scale,
         q.stride(0), k.stride(0), v.stride(0), d_out.stride(0), num_heads, group, dim_k, dim_v,
-        *sizes[:3], tiles.rows, tiles.keys, tiles.stages, **launch_options(tiles),
+        *sizes[:3], add_to is not None and shares == 1, tiles.rows, tiles.keys, tiles.stages, **launch_options(tiles),
     )  # fmt: skip
     if shares > 1:
-        dk, dv = (torch.sum(x, 0, dtype=torch.float32).to(like.dtype) for x, like in ((dk, k), (dv, v)))
+        for grad, parts in ((dk, dk_parts), (dv, dv_parts)):
+            total = torch.sum(parts, 0, dtype=torch.float32)
+            grad.copy_(total if add_to is None else total.add_(grad))
     return dk, dv
 
 
@@ -170,12 +174,19 @@ def _descriptors(k: Tensor, v: Tensor, sizes: IntervalSizes, tiles: IntervalTile
 # Programs of the dK, dV kernel: enough to fill a device several times, as those of late keys have little to do. Each
 # share of the rows costs a float32 copy of both gradients.
 DKV_PROGRAMS, MOST_SHARES, SHARE_ELEMENTS = 1024, 32, 1 << 26
+LONG_SHARES = 8
 
 
-def _shares(programs: int, elements: int) -> int:
+def _shares(programs: int, elements: int, windowed: bool) -> int:
     """Into how many parts the rows of a tile of keys are cut."""
-    by_memory = SHARE_ELEMENTS // max(elements, 1)
-    return max(1, min(-(-DKV_PROGRAMS // max(programs, 1)), by_memory, MOST_SHARES))
+    wanted = triton.cdiv(DKV_PROGRAMS, programs)
+    if not windowed:
+        # The rows of a share should fit caches too, as programs of many keys read them at once. H200, 32/8 heads of
+        # 128, ms: at 65,536 tokens 13.3 with 1 share, 10.5 with 2, 9.8 with 4, 9.4 with 8; at 8,192 tokens 0.29 with 7,
+        # 0.33 with 26, of which copies take more.
+        wanted = min(triton.cdiv(2 * DKV_PROGRAMS, programs), LONG_SHARES)
+        wanted = max(wanted, triton.cdiv(DKV_PROGRAMS // 4, programs))
+    return max(1, min(wanted, SHARE_ELEMENTS // max(elements, 1), MOST_SHARES))
 
 
 @triton.jit
@@ -506,6 +517,7 @@ def _interval_dkv_kernel(
     KERNEL_SIZE: tl.constexpr,
     KERNEL_STRIDE: tl.constexpr,
     WINDOW: tl.constexpr,
+    ADD: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -580,5 +592,10 @@ def _interval_dkv_kernel(
                 STRIDE_DO, GROUP, DIM_K, DIM_V, KERNEL_SIZE, KERNEL_STRIDE, WINDOW, ROWS, False,
             )  # fmt: skip
     at = (share.to(tl.int64) * num_keys + key_in_pack) * HEADS + head
-    store_rows(dk_ptr, at * DIM_K, mask_keys, dk * scale, DIM_K, padded_dim(DIM_K))
-    store_rows(dv_ptr, at * DIM_V, mask_keys, dv / lift(q_ptr.dtype.element_ty), DIM_V, padded_dim(DIM_V))
+    dk *= scale
+    dv = dv / lift(q_ptr.dtype.element_ty)
+    if ADD:
+        dk += load_rows(dk_ptr, at * DIM_K, mask_keys, DIM_K, padded_dim(DIM_K)).to(tl.float32)
+        dv += load_rows(dv_ptr, at * DIM_V, mask_keys, DIM_V, padded_dim(DIM_V)).to(tl.float32)
+    store_rows(dk_ptr, at * DIM_K, mask_keys, dk, DIM_K, padded_dim(DIM_K))
+    store_rows(dv_ptr, at * DIM_V, mask_keys, dv, DIM_V, padded_dim(DIM_V))

@@ -11,9 +11,10 @@ any length. Worked example: one kv head, blocks of 2 tokens, T = 2, four queries
       0      [ 0, -1]      block 0: run 0: 2  run 1: 2       0  -1              block 0: tokens 0 1 2 3
       1      [ 5,  0]      block 1: run 0: 0  run 1: 2      -1   1              block 1: tokens 2 3
       2      [ 0,  1]                                        2   4
-      3      [ 1,  0]      summed up: 0 2 4 4                5   3
+      3      [ 1,  0]      they begin at 0 2, 4 4            5   3
 
-5 names no block, and is dropped. Buckets are cut into *segments* of a bounded number of pairs, which are what the
+5 names no block, and is dropped. The counters of a run stand side by side, since the program that writes its pairs
+goes back and forth between them. Buckets are cut into *segments* of a bounded number of pairs, which are what the
 programs of the main kernels own: blocks that every token selects do not make a tail.
 
 The work is cut into *chunks*, a range of kv heads and a range of tokens each, since the partial results of the main
@@ -36,8 +37,10 @@ from .primitives import bounds_of_keys, keys_ahead, pack_blocks, padded, sequenc
 
 # Counters of a selection: more runs make the writing of the pairs shorter, which one program does for each run.
 MAX_RUNS, MIN_RUNS, COUNTERS = 1024, 64, 1 << 23
-COUNT_ENTRIES = 1024
+COUNT_ENTRIES = 512
 SCATTER_ENTRIES = 64
+# Runs and buckets of a tile whose counts are summed up.
+SCAN_RUNS, SCAN_BUCKETS = 256, 8
 SEGMENT_BUCKETS = 128
 SEGMENT_FIELDS = 5
 
@@ -113,8 +116,13 @@ class Chunks:
 
     @property
     def counters(self) -> int:
-        """Counters of the index: (chunk of tokens, bucket of all, run)."""
-        return self.token_chunks * self.num_kv_heads * self.num_blocks * self.runs
+        """Counters of the index: (chunk of tokens, run, bucket of all)."""
+        return self.bucket_ends * self.runs
+
+    @property
+    def bucket_ends(self) -> int:
+        """Buckets of all, counted again in each chunk of tokens."""
+        return self.token_chunks * self.num_kv_heads * self.num_blocks
 
     def __iter__(self) -> Iterator[tuple[int, int, int, int]]:
         """The chunks, as (number, first kv head, first token, tokens)."""
@@ -142,28 +150,28 @@ class InvertedIndex:
         chunks: how it is cut.
         place: the pair of each slot, -1 where the slot does not count, int32 `[N, Hk, T]`.
         pairs: token of each pair, int32 `[N * Hk * T]`, used as far as there are valid entries.
-        run_ends: one past the last pair of each (chunk of tokens, bucket, run), int32.
+        bucket_ends: one past the last pair of each (chunk of tokens, bucket), int32.
     """
 
     chunks: Chunks
     place: Tensor
     pairs: Tensor
-    run_ends: Tensor
+    bucket_ends: Tensor
 
     def segments(self, segment_pairs: int) -> Segments:
         """Cuts the buckets of every chunk into segments of at most `segment_pairs` pairs."""
         chunks = self.chunks
         flat = chunks.head_chunks * chunks.token_chunks * chunks.buckets
         counts = torch.empty((2, flat), dtype=torch.int32, device=self.pairs.device)
-        sizes = (flat, chunks.buckets, chunks.head_chunks, chunks.token_chunks, chunks.runs, segment_pairs)
+        sizes = (flat, chunks.buckets, chunks.head_chunks, chunks.token_chunks, segment_pairs)
         grid = (triton.cdiv(flat, SEGMENT_BUCKETS),)
-        _count_segments_kernel[grid](self.run_ends, counts, *sizes, SEGMENT_BUCKETS)
+        _count_segments_kernel[grid](self.bucket_ends, counts, *sizes, SEGMENT_BUCKETS)
         # One sum over both rows: of the second only differences count.
         ends = torch.cumsum(counts.view(-1), 0, dtype=torch.int32).view(2, flat)
         # In any chunk a bucket has a segment that is not full at most once.
         most = self.pairs.numel() // segment_pairs + min(flat, self.pairs.numel())
         table = torch.empty((most, SEGMENT_FIELDS), dtype=torch.int32, device=self.pairs.device)
-        _fill_segments_kernel[grid](self.run_ends, ends, table, *sizes, SEGMENT_FIELDS, SEGMENT_BUCKETS)
+        _fill_segments_kernel[grid](self.bucket_ends, ends, table, *sizes, SEGMENT_FIELDS, SEGMENT_BUCKETS)
         most_of_chunk = chunks.pairs // segment_pairs + min(chunks.buckets, chunks.pairs)
         # A bucket that is cut fills a segment at least, and has at most one that is not full: twice as many at most.
         most_tiles = max(1, min(most_of_chunk, 2 * (chunks.pairs // segment_pairs)))
@@ -196,7 +204,7 @@ def mark_valid(
 ) -> Tensor:
     """0 for the entries of a selection that count and -1 for the others, int32 `[N, Hk, T]`; see `build_index`."""
     place = torch.empty(block_indices.shape, dtype=torch.int32, device=block_indices.device)
-    _count_pairs(block_indices, cu_seqlens, cu_seqlens_k, block_size, place, None, 0, 1, 1)
+    _count_pairs(block_indices, cu_seqlens, cu_seqlens_k, block_size, place, None, 0, 1)
     return place
 
 
@@ -214,18 +222,22 @@ def build_index(
     counts = torch.zeros(chunks.counters, **new)
     _count_pairs(
         block_indices, cu_seqlens, cu_seqlens_k, block_size, place, counts,
-        chunks.num_blocks, chunks.tokens_per_run, chunks.runs,
+        chunks.num_blocks, chunks.tokens_per_run,
     )  # fmt: skip
-    # Exclusive sums: where each run of a bucket begins. The next kernel moves every one to its end.
-    run_ends = torch.cumsum(counts, 0, dtype=torch.int32).sub_(counts)
+    buckets = num_kv_heads * chunks.num_blocks
+    totals = torch.sum(counts.view(chunks.token_chunks, chunks.runs, buckets), 1, dtype=torch.int32)
+    bucket_ends = torch.cumsum(totals.view(-1), 0, dtype=torch.int32)
+    _start_runs_kernel[(triton.cdiv(buckets, SCAN_BUCKETS), chunks.token_chunks)](
+        counts, totals, bucket_ends, chunks.runs, buckets, SCAN_RUNS, SCAN_BUCKETS
+    )
     # Zeros, so that an index that is saved has nothing undefined in it.
     pairs = torch.zeros(block_indices.numel(), **new)
     _scatter_pairs_kernel[(triton.cdiv(total_tokens, chunks.tokens_per_run), num_kv_heads)](
-        block_indices, cu_seqlens, cu_seqlens_k, place, run_ends, pairs,
-        total_tokens, cu_seqlens.numel() - 1, chunks.num_blocks, chunks.tokens_per_run, chunks.runs,
+        block_indices, cu_seqlens, cu_seqlens_k, place, counts, pairs,
+        total_tokens, cu_seqlens.numel() - 1, chunks.num_blocks, chunks.tokens_per_run,
         num_kv_heads, slots, padded(slots, 1), block_size, tokens_per_step(slots), num_warps=1,
     )  # fmt: skip
-    return InvertedIndex(chunks, place, pairs, run_ends)
+    return InvertedIndex(chunks, place, pairs, bucket_ends)
 
 
 def _count_pairs(
@@ -237,34 +249,33 @@ def _count_pairs(
     counts: Tensor | None,
     num_blocks: int,
     tokens_per_run: int,
-    runs: int,
 ) -> None:
     total_tokens, num_kv_heads, slots = block_indices.shape
     tokens = max(1, COUNT_ENTRIES // padded(slots, 1))
     _count_pairs_kernel[(triton.cdiv(total_tokens, tokens), num_kv_heads)](
         block_indices, cu_seqlens, cu_seqlens_k, place, place if counts is None else counts,
-        total_tokens, cu_seqlens.numel() - 1, num_blocks, tokens_per_run, runs,
+        total_tokens, cu_seqlens.numel() - 1, num_blocks, tokens_per_run,
         num_kv_heads, slots, padded(slots, 1), block_size, counts is not None, tokens,
     )  # fmt: skip
 
 
 @triton.jit
-def _bucket_runs(
-    block, token, head, cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, num_blocks, tokens_per_run, runs,
+def _counters(
+    block, token, head, cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, num_blocks, tokens_per_run,
     HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Counter of each entry, (chunk of tokens, bucket, run), and whether its block exists and is not in the future."""
+    """Counter of each entry, (run of all tokens, bucket), and whether its block exists and is not in the future."""
     sequence = sequence_of(token, cu_seqlens_ptr, num_sequences, 0)
     start = tl.load(bounds_of_keys(cu_seqlens_ptr, cu_seqlens_k_ptr) + sequence)
     ahead = keys_ahead(sequence, cu_seqlens_ptr, cu_seqlens_k_ptr)
     # geometry.num_eligible_blocks
     eligible = (block >= 0) & (block <= (token + ahead - start) // BLOCK_SIZE)
     run = token // tokens_per_run
-    bucket = run // runs * (HEADS * num_blocks) + head * num_blocks + start // BLOCK_SIZE + sequence + block
-    return bucket.to(tl.int64) * runs + run % runs, eligible
+    bucket = head * num_blocks + start // BLOCK_SIZE + sequence + block
+    return run.to(tl.int64) * (HEADS * num_blocks) + bucket, eligible
 
 
-@triton.jit(do_not_specialize=["total_tokens", "num_sequences", "num_blocks", "tokens_per_run", "runs"])
+@triton.jit(do_not_specialize=["total_tokens", "num_sequences", "num_blocks", "tokens_per_run"])
 def _count_pairs_kernel(
     block_indices_ptr,
     cu_seqlens_ptr,
@@ -275,7 +286,6 @@ def _count_pairs_kernel(
     num_sequences,
     num_blocks,
     tokens_per_run,
-    runs,
     HEADS: tl.constexpr,
     SLOTS: tl.constexpr,
     SLOTS_PADDED: tl.constexpr,
@@ -297,9 +307,9 @@ def _count_pairs_kernel(
     row = (token.to(tl.int64) * HEADS + head) * SLOTS
     block = tl.load(block_indices_ptr + row[:, None] + slot, mask=mask, other=-1)  # [TOKENS, SLOTS]
     token = tl.minimum(token, total_tokens - 1)[:, None]
-    at, valid = _bucket_runs(
+    at, valid = _counters(
         block, token, head,
-        cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, num_blocks, tokens_per_run, runs, HEADS, BLOCK_SIZE,
+        cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, num_blocks, tokens_per_run, HEADS, BLOCK_SIZE,
     )  # fmt: skip
     for i in range(SLOTS - 1):
         other = tl.load(block_indices_ptr + row + i, mask=mask_tokens, other=-1)[:, None]
@@ -307,6 +317,30 @@ def _count_pairs_kernel(
     tl.store(place_ptr + row[:, None] + slot, tl.where(valid, 0, -1), mask=mask)
     if COUNT:
         tl.atomic_add(count_ptr + at, 1, mask=valid & mask, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["runs", "buckets"])
+def _start_runs_kernel(
+    counter_ptr, total_ptr, bucket_end_ptr, runs, buckets, RUNS: tl.constexpr, BUCKETS: tl.constexpr
+):  # fmt: skip
+    """Turns the counts of the runs of each bucket into the places where they begin.
+
+    Grid: (tile of buckets, chunk of tokens).
+    Owns: the counters of its buckets in the chunk.
+    Invariant: after n steps, `start` is where the run behind the first n tiles of runs begins.
+    """
+    bucket = tl.program_id(0) * BUCKETS + tl.arange(0, BUCKETS)
+    chunk = tl.program_id(1).to(tl.int64)
+    mask = bucket < buckets
+    in_chunk = chunk * buckets + bucket
+    start = tl.load(bucket_end_ptr + in_chunk, mask=mask, other=0) - tl.load(total_ptr + in_chunk, mask=mask, other=0)
+    for first in range(0, runs, RUNS):
+        run = first + tl.arange(0, RUNS)
+        counters = counter_ptr + (chunk * runs + run)[:, None] * buckets + bucket[None, :]
+        there = (run < runs)[:, None] & mask[None, :]
+        count = tl.load(counters, mask=there, other=0)  # [RUNS, BUCKETS]
+        tl.store(counters, start[None, :] + tl.cumsum(count, 0) - count, mask=there)
+        start += tl.sum(count, 0)
 
 
 @triton.jit
@@ -323,19 +357,18 @@ def _entries(
     return block, tl.load(place_ptr + offs, mask=mask, other=-1)
 
 
-@triton.jit(do_not_specialize=["total_tokens", "num_sequences", "num_blocks", "tokens_per_run", "runs"])
+@triton.jit(do_not_specialize=["total_tokens", "num_sequences", "num_blocks", "tokens_per_run"])
 def _scatter_pairs_kernel(
     block_indices_ptr,
     cu_seqlens_ptr,
     cu_seqlens_k_ptr,
     place_ptr,
-    run_end_ptr,
+    counter_ptr,
     pairs_ptr,
     total_tokens,
     num_sequences,
     num_blocks,
     tokens_per_run,
-    runs,
     HEADS: tl.constexpr,
     SLOTS: tl.constexpr,
     SLOTS_PADDED: tl.constexpr,
@@ -364,51 +397,52 @@ def _scatter_pairs_kernel(
             block_indices_ptr, place_ptr, first + TOKENS, end, head, HEADS, SLOTS, SLOTS_PADDED, TOKENS
         )
         token = first + entry // SLOTS_PADDED
-        counter, _ = _bucket_runs(
+        counter, _ = _counters(
             block, tl.minimum(token, total_tokens - 1), head,
-            cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, num_blocks, tokens_per_run, runs, HEADS, BLOCK_SIZE,
+            cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, num_blocks, tokens_per_run, HEADS, BLOCK_SIZE,
         )  # fmt: skip
-        before = tl.load(run_end_ptr + counter, mask=valid, other=0)
-        # Entries of this step that share a counter: those before (low half) and behind (high half) each of them.
-        named = tl.where(valid, counter.to(tl.int32), -1 - entry)
-        same = named[:, None] == named[None, :]
-        others = tl.where(entry[None, :] < entry[:, None], 1, tl.where(entry[None, :] > entry[:, None], 1 << 16, 0))
-        others = tl.sum(tl.where(same, others, 0), 1)
-        at = before + others % (1 << 16)
+        at = tl.load(counter_ptr + counter, mask=valid, other=0)
+        last = valid
+        if TOKENS > 1:
+            # Entries of this step that share a counter: those before (low half) and behind (high half) each of them.
+            named = tl.where(valid, counter.to(tl.int32), -1 - entry)
+            same = named[:, None] == named[None, :]
+            others = tl.where(entry[None, :] < entry[:, None], 1, tl.where(entry[None, :] > entry[:, None], 1 << 16, 0))
+            others = tl.sum(tl.where(same, others, 0), 1)
+            at += others % (1 << 16)
+            last = valid & (others < (1 << 16))
         tl.store(pairs_ptr + at, token, mask=valid)
         tl.store(place_ptr + (token.to(tl.int64) * HEADS + head) * SLOTS + slot, at, mask=valid)
         # The reads of this step come before its writes, and these before the reads of the next one.
         tl.debug_barrier()
-        tl.store(run_end_ptr + counter, at + 1, mask=valid & (others < (1 << 16)))
+        tl.store(counter_ptr + counter, at + 1, mask=last)
         tl.debug_barrier()
 
 
 @triton.jit
-def chunk_pairs(flat, run_end_ptr, buckets, head_chunks, token_chunks, runs, mask):
+def chunk_pairs(flat, bucket_end_ptr, buckets, head_chunks, token_chunks, mask):
     """Of each (chunk, bucket of the chunk): bucket (of all), first pair, one past the last, first of the chunk."""
     chunk = flat // buckets
     token_chunk = chunk % token_chunks
     first_bucket = chunk // token_chunks * buckets
     bucket = first_bucket + flat % buckets
     first_row = token_chunk.to(tl.int64) * (head_chunks * buckets)
-    row = (first_row + bucket) * runs
-    chunk_row = (first_row + first_bucket) * runs
-    # Pairs begin where those of the counter before end.
-    begin = tl.load(run_end_ptr + row - 1, mask=mask & (row > 0), other=0)
-    end = tl.load(run_end_ptr + row + runs - 1, mask=mask, other=0)
-    first = tl.load(run_end_ptr + chunk_row - 1, mask=mask & (chunk_row > 0), other=0)
+    row, chunk_row = first_row + bucket, first_row + first_bucket
+    # Pairs begin where those of the bucket before end.
+    begin = tl.load(bucket_end_ptr + row - 1, mask=mask & (row > 0), other=0)
+    end = tl.load(bucket_end_ptr + row, mask=mask, other=0)
+    first = tl.load(bucket_end_ptr + chunk_row - 1, mask=mask & (chunk_row > 0), other=0)
     return bucket, begin, end, first
 
 
-@triton.jit(do_not_specialize=["num_flat", "buckets", "head_chunks", "token_chunks", "runs", "segment_pairs"])
+@triton.jit(do_not_specialize=["num_flat", "buckets", "head_chunks", "token_chunks", "segment_pairs"])
 def _count_segments_kernel(
-    run_end_ptr,
+    bucket_end_ptr,
     count_ptr,
     num_flat,
     buckets,
     head_chunks,
     token_chunks,
-    runs,
     segment_pairs,
     TILE: tl.constexpr,
 ):
@@ -420,22 +454,21 @@ def _count_segments_kernel(
     """
     flat = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = flat < num_flat
-    _, begin, end, _ = chunk_pairs(flat, run_end_ptr, buckets, head_chunks, token_chunks, runs, mask)
+    _, begin, end, _ = chunk_pairs(flat, bucket_end_ptr, buckets, head_chunks, token_chunks, mask)
     count = (end - begin + segment_pairs - 1) // segment_pairs
     tl.store(count_ptr + flat, count, mask=mask)
     tl.store(count_ptr + num_flat + flat, tl.where(count > 1, count, 0), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_flat", "buckets", "head_chunks", "token_chunks", "runs", "segment_pairs"])
+@triton.jit(do_not_specialize=["num_flat", "buckets", "head_chunks", "token_chunks", "segment_pairs"])
 def _fill_segments_kernel(
-    run_end_ptr,
+    bucket_end_ptr,
     segment_end_ptr,
     table_ptr,
     num_flat,
     buckets,
     head_chunks,
     token_chunks,
-    runs,
     segment_pairs,
     FIELDS: tl.constexpr,
     TILE: tl.constexpr,
@@ -448,7 +481,7 @@ def _fill_segments_kernel(
     """
     flat = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = flat < num_flat
-    bucket, begin, end, first_of_chunk = chunk_pairs(flat, run_end_ptr, buckets, head_chunks, token_chunks, runs, mask)
+    bucket, begin, end, first_of_chunk = chunk_pairs(flat, bucket_end_ptr, buckets, head_chunks, token_chunks, mask)
     count = (end - begin + segment_pairs - 1) // segment_pairs
     first = tl.load(segment_end_ptr + flat, mask=mask, other=0) - count
     first_tile = tl.load(segment_end_ptr + num_flat + flat, mask=mask, other=0) - count

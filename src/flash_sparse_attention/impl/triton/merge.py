@@ -36,9 +36,9 @@ def launch_merge(
     group = num_heads // chunks.num_kv_heads
     tile = min(padded(chunks.slots * parts, 1), max(1, MERGE_TILE // padded(dim)))
     rows = max(1, MERGE_TILE // (padded(dim) * tile))
-    first_row = (first_token // chunks.tokens * chunks.num_kv_heads + first_head) * chunks.num_blocks * chunks.runs
+    first_row = (first_token // chunks.tokens * chunks.num_kv_heads + first_head) * chunks.num_blocks
     _merge_slots_kernel[(triton.cdiv(tokens * chunks.heads * group, rows),)](
-        partial, partial if partial_lse is None else partial_lse, index.place, index.run_ends,
+        partial, partial if partial_lse is None else partial_lse, index.place, index.bucket_ends,
         out, out if lse is None else lse, first_row, first_token, first_head, tokens, chunks.heads * group, scale,
         num_heads, group, chunks.slots, padded(chunks.slots, 1), parts,
         dim, partial_lse is not None, rows, tile, num_warps=1,
@@ -50,7 +50,7 @@ def _merge_slots_kernel(
     partial_ptr,
     partial_lse_ptr,
     place_ptr,
-    run_end_ptr,
+    bucket_end_ptr,
     out_ptr,
     lse_ptr,
     first_row,
@@ -80,7 +80,7 @@ def _merge_slots_kernel(
     mask = row < tokens.to(tl.int64) * chunk_heads
     token = first_token + row // chunk_heads
     head = first_head * GROUP + row % chunk_heads
-    first_pair = tl.load(run_end_ptr + first_row - 1, mask=first_row > 0, other=0)
+    first_pair = tl.load(bucket_end_ptr + first_row - 1, mask=first_row > 0, other=0)
     places = place_ptr + (token * (NUM_HEADS // GROUP) + head // GROUP) * SLOTS
     in_group = head % GROUP
     if SOFTMAX:

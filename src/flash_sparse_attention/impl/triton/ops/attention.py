@@ -78,8 +78,8 @@ def nsa_attention(
     v: Tensor,
     k_compressed: Tensor,
     v_compressed: Tensor,
-    k_window: Tensor,
-    v_window: Tensor,
+    k_window: Tensor | None,
+    v_window: Tensor | None,
     gates: Tensor,
     config: NSAConfig,
     layout: SequenceLayout,
@@ -93,6 +93,7 @@ def nsa_attention(
     Args:
         q: `[N, Hq, Dk]`; k, k_window: `[N, Hk, Dk]`; v, v_window: `[N, Hk, Dv]`; k_compressed: `[M, Hk, Dk]`;
             v_compressed: `[M, Hk, Dv]`; gates: `[N, Hq, 3]` or `[N, 1, 3]`. Keys may be of more tokens than q.
+            None for both k_window and v_window stands for k and v, whose gradients are then summed in place.
         config: the sizes.
         layout: of the N queries, the last tokens of their sequences.
         softmax_scale: factor of the scores.
@@ -119,6 +120,8 @@ def nsa_attention(
         workspace_mib,
         ",".join(recompute),
     )
+    if (k_window is None) != (v_window is None):
+        k_window, v_window = _of_window(k, v, k_window, v_window)
     tensors = q, k, v, k_compressed, v_compressed, k_window, v_window, gates
     out, block_indices, *_ = _nsa_attention(*tensors, *query_and_key_bounds(layout), *sizes)
     return NSAOutput(out, block_indices)
@@ -132,8 +135,8 @@ def _nsa_attention(
     v: Tensor,
     k_compressed: Tensor,
     v_compressed: Tensor,
-    k_window: Tensor,
-    v_window: Tensor,
+    k_window: Tensor | None,
+    v_window: Tensor | None,
     gates: Tensor,
     cu_seqlens: Tensor,
     cu_seqlens_k: Tensor | None,
@@ -160,9 +163,8 @@ def _nsa_attention(
     )  # fmt: skip
     if q.shape[0] == 0:
         return _empty_outputs(q, k, v, cu_seqlens, sizes)
-    q, k, v, k_compressed, v_compressed, k_window, v_window = map(
-        dense_rows, (q, k, v, k_compressed, v_compressed, k_window, v_window)
-    )
+    q, k, v, k_compressed, v_compressed = map(dense_rows, (q, k, v, k_compressed, v_compressed))
+    k_window, v_window = _of_window(k, v, k_window, v_window)
     packs = cu_seqlens, cu_seqlens_k
     compressed_bounds = key_bounds(*packs, kernel_size, kernel_stride)
     out_compressed, lse_compressed = _attend_compressed(q, k_compressed, v_compressed, compressed_bounds, *packs, sizes)
@@ -196,8 +198,8 @@ def _nsa_attention_backward(
     v: Tensor,
     k_compressed: Tensor,
     v_compressed: Tensor,
-    k_window: Tensor,
-    v_window: Tensor,
+    k_window: Tensor | None,
+    v_window: Tensor | None,
     gates: Tensor,
     cu_seqlens: Tensor,
     cu_seqlens_k: Tensor | None,
@@ -215,24 +217,26 @@ def _nsa_attention_backward(
     workspace_mib: int,
     recompute: str,
 ) -> list[Tensor]:
-    """Gradients of q, k, v, k_compressed, v_compressed, k_window, v_window and gates."""
-    given = q, k, v, k_compressed, v_compressed, k_window, v_window
+    """Gradients of q, k, v, k_compressed, v_compressed, gates and, if they are not k and v, k_window and v_window."""
+    inputs = [q, k, v, k_compressed, v_compressed, gates, *(x for x in (k_window, v_window) if x is not None)]
     if q.shape[0] == 0:
-        return [*(x.new_zeros(x.shape) for x in given), gates.new_zeros(gates.shape)]
+        return [x.new_zeros(x.shape) for x in inputs]
+    shared = k_window is None
     sizes = Sizes(
         max_length, kernel_size, kernel_stride, block_size, num_selected_blocks, num_init_blocks, num_local_blocks,
         window_size, softmax_scale, loop_order, workspace_mib, recompute,
     )  # fmt: skip
-    d_out, q, k, v, k_compressed, v_compressed, k_window, v_window = map(dense_rows, (d_out, *given))
+    d_out, q, k, v, k_compressed, v_compressed = map(dense_rows, (d_out, *inputs[:5]))
+    k_window, v_window = _of_window(k, v, k_window, v_window)
     packs = cu_seqlens, cu_seqlens_k
     compressed_bounds = key_bounds(*packs, kernel_size, kernel_stride)
     block_indices, out_compressed, lse_compressed, out_selected, lse_selected, out_window, lse_window, *index = saved
     if not sizes.keeps("compressed"):
         out_compressed, _ = _attend_compressed(q, k_compressed, v_compressed, compressed_bounds, *packs, sizes)
-    place, pairs, run_ends = index
+    place, pairs, bucket_ends = index
     if not sizes.keeps("selected"):
-        out_selected, _, place, pairs, run_ends = attend_selected(
-            q, k, v, block_indices, cu_seqlens, cu_seqlens_k, *sizes.selected, True, (place, pairs, run_ends)
+        out_selected, _, place, pairs, bucket_ends = attend_selected(
+            q, k, v, block_indices, cu_seqlens, cu_seqlens_k, *sizes.selected, True, (place, pairs, bucket_ends)
         )
     if not sizes.keeps("window"):
         out_window, _ = _attend_window(q, k_window, v_window, *packs, sizes)
@@ -240,19 +244,24 @@ def _nsa_attention_backward(
     shift, delta, d_gates = launch_gated_shifts(d_out, outs, lses, gates)
     del outs, out_compressed, out_selected, out_window
     dq, dk, dv = differentiate_selected(
-        d_out, q, k, v, block_indices, cu_seqlens, cu_seqlens_k, shift[1], delta[1], place, pairs, run_ends,
+        d_out, q, k, v, block_indices, cu_seqlens, cu_seqlens_k, shift[1], delta[1], place, pairs, bucket_ends,
         *sizes.selected,
     )  # fmt: skip
     schedule = interval_schedule(q.shape[2], v.shape[2], q.dtype, windowed=True)
     window = d_out, q, k_window, v_window, shift[2], delta[2], cu_seqlens, key_bounds(*packs, 1, 1), sizes.window
     launch_interval_dq(*window, schedule.dq, dq, add=True, cu_seqlens_k=cu_seqlens_k)
-    d_window = launch_interval_dkv(*window, schedule.dkv, cu_seqlens_k)
+    d_window = launch_interval_dkv(*window, schedule.dkv, cu_seqlens_k, add_to=(dk, dv) if shared else None)
     schedule = interval_schedule(q.shape[2], v.shape[2], q.dtype, windowed=False)
     rest = shift[0], delta[0], cu_seqlens, compressed_bounds, sizes.compressed
     compressed = d_out, q, k_compressed, v_compressed, *rest
     launch_interval_dq(*compressed, schedule.dq, dq, add=True, cu_seqlens_k=cu_seqlens_k)
     d_compressed = launch_interval_dkv(*compressed, schedule.dkv, cu_seqlens_k)
-    return [dq, dk, dv, *d_compressed, *d_window, d_gates]
+    return [dq, dk, dv, *d_compressed, d_gates, *(() if shared else d_window)]
+
+
+def _of_window(k: Tensor, v: Tensor, k_window: Tensor | None, v_window: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values of the window, whose rows are dense."""
+    return k if k_window is None else dense_rows(k_window), v if v_window is None else dense_rows(v_window)
 
 
 def _attend_compressed(
@@ -290,7 +299,9 @@ _nsa_attention.register_fake(
         _empty_outputs(q, k, v, cu_seqlens, Sizes(*sizes))
     )
 )
-_nsa_attention_backward.register_fake(lambda d_out, *inputs: [x.new_empty(x.shape) for x in inputs[:8]])
+_nsa_attention_backward.register_fake(
+    lambda d_out, *inputs: [x.new_empty(x.shape) for x in (*inputs[:5], inputs[7], *inputs[5:7]) if x is not None]
+)
 
 
 def _save(ctx, inputs, output):
@@ -304,7 +315,8 @@ def _differentiate(ctx, grads):
     # Once: activation checkpointing computes them again when they are taken, and refuses a second time.
     saved = ctx.saved_tensors
     gradients = _nsa_attention_backward(grads[0], *saved[:10], list(saved[10:]), *ctx.sizes)
-    return (*gradients, None, None, *(None for _ in ctx.sizes))
+    d_window = gradients[6:] or (None, None)
+    return (*gradients[:5], *d_window, gradients[5], None, None, *(None for _ in ctx.sizes))
 
 
 _nsa_attention.register_autograd(_differentiate, setup_context=_save)

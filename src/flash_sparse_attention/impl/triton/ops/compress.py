@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,7 +31,11 @@ def compress(
     Sums are float32. Matrices of the first layer are rounded to the dtype of x for the products; the second layer of
     `mlp`, and all that a position embedding adds, are float32.
     """
-    num_windows = sum(geometry.num_compressed_tokens(length, kernel_size, kernel_stride) for length in layout.lengths)
+    # By length, as windows of a cache come as thousands of sequences of one length.
+    num_windows = sum(
+        geometry.num_compressed_tokens(length, kernel_size, kernel_stride) * count
+        for length, count in Counter(layout.lengths).items()
+    )
     sizes = layout.cu_seqlens, kernel_size, kernel_stride, num_windows
     # A position embedding adds the same to every window.
     position = None if compression.position_embedding is None else compression.position_embedding.float()

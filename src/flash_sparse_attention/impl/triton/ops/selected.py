@@ -17,7 +17,8 @@ from ..tuning import SelectedShape, loop_order_of, tiles_of
 from .interval import query_and_key_bounds
 
 MAX_PAIRS = 2**31
-PARTIAL_SHARE = 0.6  # of the workspace
+# Partial results, of the workspace at most and at least, and of what longer sequences leave of it.
+PARTIAL_SHARE, LEAST_SHARE, SHARE_OF_REST = 0.6, 0.25, 0.8
 
 
 def selected_attention(
@@ -68,7 +69,7 @@ def _selected_attention(
     workspace_mib: int,
     save_index: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """out, lse, and the inverted index (place, pairs, run_ends) if it is kept, three empty tensors if not.
+    """out, lse, and the inverted index (place, pairs, bucket_ends) if it is kept, three empty tensors if not.
 
     `cu_seqlens_k`: as `interval._interval_attention`.
     """
@@ -107,7 +108,7 @@ def attend_selected(
     )
     if not save_index:
         return out, lse, *nothing(q)
-    return out, lse, index.place, index.pairs, index.run_ends
+    return out, lse, index.place, index.pairs, index.bucket_ends
 
 
 @torch.library.custom_op("flash_sparse_attention::selected_attention_triton_backward", mutates_args=())
@@ -125,7 +126,7 @@ def _selected_attention_backward(
     lse: Tensor,
     place: Tensor,
     pairs: Tensor,
-    run_ends: Tensor,
+    bucket_ends: Tensor,
     block_size: int,
     softmax_scale: float,
     loop_order: str,
@@ -138,7 +139,7 @@ def _selected_attention_backward(
     shift, delta = launch_shifts(d_out, d_lse.contiguous(), out, lse)
     tensors = d_out, q, k, v, block_indices.contiguous(), cu_seqlens, cu_seqlens_k, shift, delta
     return differentiate_selected(
-        *tensors, place, pairs, run_ends, block_size, softmax_scale, loop_order, workspace_mib
+        *tensors, place, pairs, bucket_ends, block_size, softmax_scale, loop_order, workspace_mib
     )
 
 
@@ -154,7 +155,7 @@ def differentiate_selected(
     delta: Tensor,
     place: Tensor,
     pairs: Tensor,
-    run_ends: Tensor,
+    bucket_ends: Tensor,
     block_size: int,
     softmax_scale: float,
     loop_order: str,
@@ -163,7 +164,7 @@ def differentiate_selected(
     """Gradients of q, k and v, whose rows are dense; `shift` and `delta` are those of `launch_shifts`."""
     shape = SelectedShape.of(q, k, v, block_indices, block_size)
     tiles = tiles_of(shape)
-    saved = place, pairs, run_ends
+    saved = place, pairs, bucket_ends
     index = _index(shape, block_indices, k.shape[0], cu_seqlens, cu_seqlens_k, block_size, workspace_mib, saved)
     sizes = cu_seqlens, block_size, softmax_scale
     given = d_out, q, k, v, shift, delta
@@ -186,13 +187,13 @@ def kept_index(
     loop_order: str,
     workspace_mib: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Storage for the inverted index that a forward pass keeps: place, pairs, run_ends; empty if it builds none."""
+    """Storage for the inverted index that a forward pass keeps: place, pairs, bucket_ends; empty if it builds none."""
     shape = SelectedShape.of(q, k, v, block_indices, block_size)
     if loop_order_of(shape, loop_order) == "query_outer":
         return nothing(q)
     chunks = chunks_of(shape, block_indices, k.shape[0], cu_seqlens, workspace_mib)
     place, pairs = block_indices.new_empty(block_indices.shape), block_indices.new_empty(block_indices.numel())
-    return place, pairs, block_indices.new_empty(chunks.counters)
+    return place, pairs, block_indices.new_empty(chunks.bucket_ends)
 
 
 def chunks_of(
@@ -201,8 +202,10 @@ def chunks_of(
     """How both passes cut the work; the same, so that they can share an index."""
     parts = triton.cdiv(shape.block_size, tiles_of(shape).kv_outer_backward.keys)
     row_bytes = max(shape.dim_v * shape.dtype.itemsize + 4, shape.dim_k * shape.dtype.itemsize * parts)
-    # The backward pass also keeps dK and dV of the segments, and their sums where tokens are cut.
-    partial_bytes = int(PARTIAL_SHARE * (workspace_mib << 20))
+    # The backward pass also keeps dK and dV of the segments and, where tokens are cut, what rounding their sums leaves.
+    workspace = workspace_mib << 20
+    left = workspace - total_keys * (shape.dim_k + shape.dim_v) * shape.dtype.itemsize
+    partial_bytes = int(max(LEAST_SHARE * workspace, min(PARTIAL_SHARE * workspace, SHARE_OF_REST * left)))
     num_sequences = cu_seqlens.numel() - 1
     sizes = shape.block_size, shape.group * row_bytes, partial_bytes
     return Chunks.fit(block_indices, total_keys, num_sequences, *sizes)
@@ -227,8 +230,8 @@ def _index(
 
 def nothing(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """In place of an index that is not kept."""
-    place, pairs, run_ends = (torch.empty(0, dtype=torch.int32, device=x.device) for _ in range(3))
-    return place, pairs, run_ends
+    place, pairs, bucket_ends = (torch.empty(0, dtype=torch.int32, device=x.device) for _ in range(3))
+    return place, pairs, bucket_ends
 
 
 def _empty_outputs(q: Tensor, v: Tensor, block_indices: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
