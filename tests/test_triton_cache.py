@@ -85,8 +85,10 @@ def test_windows_are_put_together():
 
 
 @pytest.mark.parametrize("page_size", [None, 16])
-@pytest.mark.parametrize("tokens", [1, 3, 7])
+@pytest.mark.parametrize("tokens", [1, 3, 7, 37])
 def test_a_step_is_planned(tokens: int, page_size: int | None, monkeypatch: pytest.MonkeyPatch):
+    # Several programs for the new tokens of a sequence, and windows that begin in the tile before.
+    monkeypatch.setattr("flash_sparse_attention.impl.triton.cache_write.PLAN_TOKENS", 8)
     lengths = (0, 1, 7, 8, 11, 30, 41, 44)
     config = NSAConfig(**SIZES)
     options = {} if page_size is None else {"page_size": page_size, "num_pages": 40}
@@ -98,7 +100,7 @@ def test_a_step_is_planned(tokens: int, page_size: int | None, monkeypatch: pyte
             table = torch.arange(3 * len(lengths)).flip(0).view(len(lengths), 3).to(torch.int32)
             cache.set_pages(table)
         cache._set_lengths(lengths)
-        monkeypatch.setattr("flash_sparse_attention.cache.FEW_TOKENS", 16 if planned else 0)
+        monkeypatch.setattr("flash_sparse_attention.cache.available", lambda *_, planned=planned: planned)
         # The last one has no room, which the device finds out by itself.
         for check in ("_make_room", "_note_written"):
             monkeypatch.setattr(NSACache, check, lambda *_: None)

@@ -509,9 +509,10 @@ class NSACache:
         lengths = tuple(past + count for past, count in zip(self._lengths, new.lengths, strict=True))
         fresh = not capturing and not any(self._lengths)
         tokens = new.lengths[0] if len(set(new.lengths)) == 1 else None
-        if tokens is not None and 0 < tokens <= FEW_TOKENS and available(PLAN_STEP, self.device, self.dtype):
+        # Its windows are of the cache, those of a fresh one of the new tokens.
+        by_kernel = available(PLAN_STEP, self.device, self.dtype)
+        if by_kernel and tokens is not None and tokens > 0 and not (fresh and tokens > FEW_TOKENS):
             planned = self._planned(new, tokens, lengths, capturing)
-            # Its windows are of the cache, those of a fresh one of the new tokens.
             return Step(new, lengths, self.seq_lens, *planned, False, tokens)
         past_B = self.seq_lens.long()
         self.seq_lens.add_(new.cu_seqlens.diff())
@@ -530,7 +531,8 @@ class NSACache:
     def _planned(
         self, new: SequenceLayout, tokens: int, lengths: tuple[int, ...], capturing: bool
     ) -> tuple[Tensor, Place, Place, Windows | None]:
-        """The same by a kernel, for a few tokens: as many windows as could become full, of which some do not exist."""
+        """The same by a kernel, for one number of new tokens: as many windows as could become full, where the last of
+        a sequence may not exist."""
         first = self.layers[0]
         sizes = self.config.kernel_size, self.config.kernel_stride
         pools = len(first.k), self.page_size, first.tail_rows
