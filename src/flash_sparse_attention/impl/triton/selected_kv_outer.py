@@ -260,27 +260,29 @@ def launch_selected_bwd_kv_outer(
     wide: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     dk_tiles = torch.empty(segments.most_tiles, parts * tiles.keys, dim_k, **wide)
     dv_tiles = torch.empty(segments.most_tiles, parts * tiles.keys, dim_v, **wide)
-    # Chunks of tokens add up in the gradients; what rounding them leaves is kept beside, so that none of it is lost.
+    # Chunks of tokens add up, in float32 if that is not too much: two numbers of half the width take the kernel longer.
     many = chunks.token_chunks > 1
+    sums = k.shape[0] * chunks.heads * (dim_k + dim_v)
+    dtype = k.dtype if many and sums > FLOAT32_SUMS else torch.float32
     key_bounds = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
-    dk_rest = k.new_empty((k.shape[0], chunks.heads, dim_k) if many else (1,))
-    dv_rest = v.new_empty((k.shape[0], chunks.heads, dim_v) if many else (1,))
+    dk_sum = k.new_empty((k.shape[0], chunks.heads, dim_k) if many else (1,), dtype=dtype)
+    dv_sum = v.new_empty((k.shape[0], chunks.heads, dim_v) if many else (1,), dtype=dtype)
     for number, first_head, first_token, tokens in chunks:
         last = int(first_token + tokens == total_tokens)
         common = cu_seqlens.numel() - 1, chunks.num_blocks, number * chunks.buckets, chunks.buckets
         share = first_head, chunks.heads, int(first_token > 0), last
         _selected_bwd_kv_outer_kernel[(segments.most_of_chunk, parts)](
-            q, k, v, d_out, shift, delta, partial, dk_tiles, dv_tiles, dk_rest, dv_rest, dk, dv,
+            q, k, v, d_out, shift, delta, partial, dk_tiles, dv_tiles, dk_sum, dv_sum, dk, dv,
             index.pairs, segments.table, segments.ends, cu_seqlens, cu_seqlens_k, *common, *share, softmax_scale,
             q.stride(0), k.stride(0), v.stride(0), d_out.stride(0), num_heads, group, dim_k, dim_v, block_size,
             dq is not None, tiles.rows, tiles.keys, tiles.stages, **launch_options(tiles),
         )  # fmt: skip
-        for tiles_f32, rest, grad, dim, scale in (
-            (dk_tiles, dk_rest, dk, dim_k, softmax_scale),
-            (dv_tiles, dv_rest, dv, dim_v, 1.0),
+        for tiles_f32, total, grad, dim, scale in (
+            (dk_tiles, dk_sum, dk, dim_k, softmax_scale),
+            (dv_tiles, dv_sum, dv, dim_v, 1.0),
         ):
             _sum_segments_kernel[(chunks.buckets, triton.cdiv(block_size, SUM_KEYS))](
-                tiles_f32, rest, grad, segments.ends, key_bounds, *common, *share, segments.ends.shape[1], scale,
+                tiles_f32, total, grad, segments.ends, key_bounds, *common, *share, segments.ends.shape[1], scale,
                 num_kv_heads, dim, block_size, parts * tiles.keys, SUM_KEYS,
             )  # fmt: skip
         if dq is not None:
@@ -289,6 +291,9 @@ def launch_selected_bwd_kv_outer(
 
 
 SUM_KEYS = 16
+# Elements of dK and dV of a chunk's heads, up to which the sums over chunks of tokens are float32: 262,144 tokens and
+# one head of 128.
+FLOAT32_SUMS = 1 << 26
 
 
 @triton.jit(
@@ -306,8 +311,8 @@ def _selected_bwd_kv_outer_kernel(
     partial_ptr,
     dk_tiles_ptr,
     dv_tiles_ptr,
-    dk_rest_ptr,
-    dv_rest_ptr,
+    dk_sum_ptr,
+    dv_sum_ptr,
     dk_ptr,
     dv_ptr,
     pairs_ptr,
@@ -398,31 +403,38 @@ def _selected_bwd_kv_outer_kernel(
         store_rows(dk_tiles_ptr, rows * DIM_K, everywhere, dk, DIM_K, PADDED_K)
         store_rows(dv_tiles_ptr, rows * DIM_V, everywhere, dv, DIM_V, PADDED_V)
     else:
-        _add_up(dk, dk_rest_ptr, dk_ptr, key, mask_keys, head, first_head, chunk_heads, add, last, scale, HEADS, DIM_K)
-        _add_up(dv, dv_rest_ptr, dv_ptr, key, mask_keys, head, first_head, chunk_heads, add, last, 1.0, HEADS, DIM_V)
+        _add_up(dk, dk_sum_ptr, dk_ptr, key, mask_keys, head, first_head, chunk_heads, add, last, scale, HEADS, DIM_K)
+        _add_up(dv, dv_sum_ptr, dv_ptr, key, mask_keys, head, first_head, chunk_heads, add, last, 1.0, HEADS, DIM_V)
 
 
 @triton.jit
 def _add_up(
-    total, rest_ptr, grad_ptr, key, mask, head, first_head, chunk_heads, add, last, scale,
+    total, sum_ptr, grad_ptr, key, mask, head, first_head, chunk_heads, add, last, scale,
     HEADS: tl.constexpr, DIM: tl.constexpr,
 ):  # fmt: skip
-    """Adds to the gradient what a chunk of tokens has of the keys.
+    """Adds what the chunks of tokens before have of the keys, and stores the sum, or after the last the gradient.
 
-    Until the last chunk, the rest holds what rounding the gradient left.
+    The sum is in float32 where that is the dtype of `sum_ptr`; otherwise in the gradient, and in `sum_ptr` what
+    rounding it left.
     """
     PADDED: tl.constexpr = padded_dim(DIM)
-    grad_rows = (key.to(tl.int64) * HEADS + head) * DIM
-    rest_rows = (key.to(tl.int64) * chunk_heads + head - first_head) * DIM
-    total *= scale
-    # Branches, not masks: what is loaded under a mask is loaded early, and takes the registers of the products.
-    if add != 0:
-        total += load_rows(rest_ptr, rest_rows, mask, DIM, PADDED).to(tl.float32)
-        total += load_rows(grad_ptr, grad_rows, mask, DIM, PADDED).to(tl.float32)
-    if last == 0:
-        rest = total - total.to(grad_ptr.dtype.element_ty).to(tl.float32)
-        store_rows(rest_ptr, rest_rows, mask, rest, DIM, PADDED)
-    store_rows(grad_ptr, grad_rows, mask, total, DIM, PADDED)
+    sum_rows = (key.to(tl.int64) * chunk_heads + head - first_head) * DIM
+    if sum_ptr.dtype.element_ty == tl.float32:
+        total += load_rows(sum_ptr, sum_rows, mask & (add != 0), DIM, PADDED)
+        if last != 0:
+            store_rows(grad_ptr, (key.to(tl.int64) * HEADS + head) * DIM, mask, total * scale, DIM, PADDED)
+        else:
+            store_rows(sum_ptr, sum_rows, mask, total, DIM, PADDED)
+    else:
+        grad_rows = (key.to(tl.int64) * HEADS + head) * DIM
+        total *= scale
+        if add != 0:
+            total += load_rows(sum_ptr, sum_rows, mask, DIM, PADDED).to(tl.float32)
+            total += load_rows(grad_ptr, grad_rows, mask, DIM, PADDED).to(tl.float32)
+        if last == 0:
+            rest = total - total.to(grad_ptr.dtype.element_ty).to(tl.float32)
+            store_rows(sum_ptr, sum_rows, mask, rest, DIM, PADDED)
+        store_rows(grad_ptr, grad_rows, mask, total, DIM, PADDED)
 
 
 @triton.jit(
@@ -433,7 +445,7 @@ def _add_up(
 )  # fmt: skip
 def _sum_segments_kernel(
     tiles_ptr,
-    rest_ptr,
+    sum_ptr,
     grad_ptr,
     segment_ends_ptr,
     key_bounds_ptr,
@@ -456,7 +468,7 @@ def _sum_segments_kernel(
     """Sums the tiles of a bucket's segments, if it has several, or none; a lone one adds up by itself.
 
     Grid: (bucket of the chunk, tile of the keys of its block).
-    Owns: grad at its keys, and what rounding leaves of it while chunks remain, by plain stores.
+    Owns: grad and the sum at its keys, by plain stores.
     Invariant: after n steps, `total` holds the first n segments.
     """
     PADDED: tl.constexpr = padded_dim(DIM)
@@ -476,7 +488,7 @@ def _sum_segments_kernel(
     for tile in tl.range(end - segments, end):
         total += load_rows(tiles_ptr, (tile.to(tl.int64) * TILE_KEYS + in_block) * DIM, mask, DIM, PADDED)
     head = first_head + bucket // num_blocks
-    _add_up(total, rest_ptr, grad_ptr, key, mask, head, first_head, chunk_heads, add, last, scale, HEADS, DIM)
+    _add_up(total, sum_ptr, grad_ptr, key, mask, head, first_head, chunk_heads, add, last, scale, HEADS, DIM)
 
 
 FIELDS: tl.constexpr = tl.constexpr(SEGMENT_FIELDS)

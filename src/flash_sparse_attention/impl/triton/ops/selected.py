@@ -202,7 +202,8 @@ def chunks_of(
     """How both passes cut the work; the same, so that they can share an index."""
     parts = triton.cdiv(shape.block_size, tiles_of(shape).kv_outer_backward.keys)
     row_bytes = max(shape.dim_v * shape.dtype.itemsize + 4, shape.dim_k * shape.dtype.itemsize * parts)
-    # The backward pass also keeps dK and dV of the segments and, where tokens are cut, what rounding their sums leaves.
+    # The backward pass also keeps dK and dV of the segments, and sums of them where tokens are cut: of long sequences
+    # what rounding leaves of the sums, as wide as k and v.
     workspace = workspace_mib << 20
     left = workspace - total_keys * (shape.dim_k + shape.dim_v) * shape.dtype.itemsize
     partial_bytes = int(max(LEAST_SHARE * workspace, min(PARTIAL_SHARE * workspace, SHARE_OF_REST * left)))
