@@ -291,9 +291,9 @@ def launch_selected_bwd_kv_outer(
 
 
 SUM_KEYS = 16
-# Elements of dK and dV of a chunk's heads, up to which the sums over chunks of tokens are float32: 262,144 tokens and
+# Elements of dK and dV of a chunk's heads, up to which the sums over chunks of tokens are float32: 131,072 tokens and
 # one head of 128.
-FLOAT32_SUMS = 1 << 26
+FLOAT32_SUMS = 1 << 25
 
 
 @triton.jit(
