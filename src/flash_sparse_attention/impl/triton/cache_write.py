@@ -1,9 +1,9 @@
 """The writing of a cache: where new tokens go, keys and values to their places, windows that became full.
 
-plan_step        program (sequence, tile of tokens)   positions, places, windows of a step: once for all layers
+plan_step        program (sequence, tile of tokens)     positions, places, windows of a step: once for all layers
 store_rows       program (tile of rows, kv head, pair)  keys and values to pages
-gather_windows   program (token of a window, head)    tokens of windows, from the tail and from the new ones
-pool_windows     program (window, head, k or v)       the same, averaged, rotated and stored
+gather_windows   program (token of a window, head)      tokens of windows, from the tail and from the new ones
+pool_windows     program (window, head, k or v)         the same, averaged, rotated and stored
 """
 
 from __future__ import annotations

@@ -418,8 +418,8 @@ def _add_up(
     rounding it left.
     """
     PADDED: tl.constexpr = padded_dim(DIM)
-    sum_rows = (key.to(tl.int64) * chunk_heads + head - first_head) * DIM
     if sum_ptr.dtype.element_ty == tl.float32:
+        sum_rows = (key.to(tl.int64) * chunk_heads + head - first_head) * DIM
         total += load_rows(sum_ptr, sum_rows, mask & (add != 0), DIM, PADDED)
         if last != 0:
             store_rows(grad_ptr, (key.to(tl.int64) * HEADS + head) * DIM, mask, total * scale, DIM, PADDED)
@@ -427,6 +427,7 @@ def _add_up(
             store_rows(sum_ptr, sum_rows, mask, total, DIM, PADDED)
     else:
         grad_rows = (key.to(tl.int64) * HEADS + head) * DIM
+        sum_rows = (key.to(tl.int64) * chunk_heads + head - first_head) * DIM
         total *= scale
         if add != 0:
             total += load_rows(sum_ptr, sum_rows, mask, DIM, PADDED).to(tl.float32)
