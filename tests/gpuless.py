@@ -35,6 +35,7 @@ class Compiled:
         max_registers: what the launch allows, 255 where it says nothing.
         shared_bytes, tensor_memory: of a program; tensor memory in columns.
         ptx: its assembly.
+        serialized: whether the assembler makes products of a warp group wait for each other, as registers are few.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Compiled:
     shared_bytes: int
     tensor_memory: int
     ptx: str
+    serialized: bool
 
 
 class TargetDriver:
@@ -120,4 +122,5 @@ def _resources(binary: Any, flags: list[str], report: str) -> Compiled:
         metadata.shared,
         getattr(metadata, "tmem_size", None) or 0,
         binary.asm["ptx"],
+        "wgmma.mma_async instructions are serialized" in report,
     )

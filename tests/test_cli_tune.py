@@ -52,6 +52,7 @@ def calls(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(measure, "tune", fake)
     return found
 
@@ -85,6 +86,8 @@ def test_tiles_in_words():
         describe(KvOuterTiles(64, 32, 512, 8, 1, 128)) == "64 rows, 32 keys, 512 pairs, 8 warps, 1 stage, 128 registers"
     )
     assert describe(KvOuterTiles(64, 32, 512, 1, 2)) == "64 rows, 32 keys, 512 pairs, 1 warp, 2 stages"
+    specialized = KvOuterTiles(64, 64, 512, 4, 2, specialized=True)
+    assert describe(specialized) == "64 rows, 64 keys, 512 pairs, specialized warps"
     assert describe(QueryOuterTiles(64, 2, 3)) == "64 keys, 2 warps, 3 stages"
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +75,18 @@ class Case:
     past: bool = False
 
     @property
+    def others(self) -> bool:
+        """Whether the kernels are compiled as well that a device of sm_90 takes for rows that are not aligned only."""
+        return self == Case(90)
+
+    @property
+    def specialized(self) -> tuple[bool, bool]:
+        """Whether the forward and the backward kernel of `selected_hopper` are taken."""
+        half, dims = self.dtype != torch.float32, self.dims in ((64, 64), (128, 128))
+        backward = self.arch == 90 and half and dims and self.block_size % 64 == 0
+        return backward and self.block_size == 64, backward
+
+    @property
     def branches(self) -> bool:
         """Whether all of the whole attention is compiled.
 
@@ -112,6 +124,12 @@ FORWARD = "_selected_fwd_kv_outer_kernel"
 BACKWARD = "_selected_bwd_kv_outer_kernel WITH_DQ"
 BACKWARD_WITHOUT_DQ = "_selected_bwd_kv_outer_kernel"
 SELECTED = (FORWARD, BACKWARD, BACKWARD_WITHOUT_DQ)
+# Their kernels for Hopper.
+HOPPER = {
+    FORWARD: "_selected_fwd_hopper_kernel",
+    BACKWARD: "_selected_bwd_hopper_kernel WITH_DQ",
+    BACKWARD_WITHOUT_DQ: "_selected_bwd_hopper_kernel",
+}
 # Kernels of tiles that lie side by side.
 DENSE = ("_interval_fwd_kernel", "_interval_dq_kernel", "_interval_dkv_kernel", "_block_scores_kernel")
 SPILL_BYTES = {
@@ -119,6 +137,8 @@ SPILL_BYTES = {
     # Most of it around the last stores, where dK, dV and the sums to add to are held at once; 20 loads in the loop.
     BACKWARD: {80: 264, 90: 280, 100: 158},
     BACKWARD_WITHOUT_DQ: {80: 136, 90: 158, 100: 154},
+    HOPPER[BACKWARD]: {90: 12},
+    HOPPER[BACKWARD_WITHOUT_DQ]: {90: 12},
     "_sum_segments_kernel": {80: 4},
     "_interval_fwd_kernel": {80: 60, 90: 16},
     # Both gradients, scores and their gradient are held at once; the loop is faster so than with smaller tiles.
@@ -172,6 +192,11 @@ def launch_all(case: Case, total_tokens: int = 4096, num_sequences: int = 3) -> 
     given = d_out, q, k, v, *launch_shifts(d_out, torch.empty_like(lse), out, lse)
     launch_selected_bwd_kv_outer(*given, index, *sizes, tiles.kv_outer_backward, torch.empty_like(q), cu_seqlens_k)
     launch_selected_bwd_kv_outer(*given, index, *sizes, tiles.kv_outer_backward, None, cu_seqlens_k)
+    if case.others:
+        forward, backward = (replace(x, specialized=False) for x in (tiles.kv_outer_forward, tiles.kv_outer_backward))
+        launch_selected_fwd_kv_outer(q, k, v, index, *sizes, forward, cu_seqlens_k)
+        launch_selected_bwd_kv_outer(*given, index, *sizes, backward, torch.empty_like(q), cu_seqlens_k)
+        launch_selected_bwd_kv_outer(*given, index, *sizes, backward, None, cu_seqlens_k)
 
     if case.branches:
         launch_branches(case, q, k, v, d_out, cu_seqlens, cu_seqlens_k)
@@ -260,13 +285,18 @@ def too_much(case: Case, kernel: Compiled) -> Iterator[str]:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_compiles_and_fits(compiler: Compiler, case: Case):
     compiled = compile_all(compiler, case)
-    names = {kernel.name for kernel in compiled}
-    assert names == kernel_names() if case.branches else names < kernel_names()
+    names, expected = {kernel.name for kernel in compiled}, kernel_names()
+    for name, specialized in zip((FORWARD, BACKWARD_WITHOUT_DQ), case.specialized, strict=True):
+        expected -= {name} if specialized and not case.others else set() if specialized else {HOPPER[name]}
+    assert names == expected if case.branches else names < expected
     assert not [problem for kernel in compiled for problem in too_much(case, kernel)]
     if case.dtype != torch.float32 and max(case.dims) <= 128:
-        main = [kernel for kernel in compiled if kernel.variant in SELECTED or kernel.name in DENSE]
-        assert {*SELECTED, *(DENSE if case.branches else ())} <= {x for k in main for x in (k.variant, k.name)}
+        forward, backward = case.specialized
+        selected = {HOPPER[name] if (forward if name == FORWARD else backward) else name for name in SELECTED}
+        main = [kernel for kernel in compiled if kernel.variant in selected or kernel.name in DENSE]
+        assert {*selected, *(DENSE if case.branches else ())} <= {x for k in main for x in (k.variant, k.name)}
         assert not [kernel.variant for kernel in main if MATRIX_UNITS[case.arch] not in kernel.ptx]
+        assert not [kernel.variant for kernel in compiled if kernel.variant in HOPPER.values() and kernel.serialized]
 
 
 def kernel_names(decoding: bool = False) -> set[str]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from flash_sparse_attention import SequenceLayout, selected_attention
 from flash_sparse_attention.accuracy import FULL, Case, judge
+from flash_sparse_attention.impl.triton.measure import Problem
+from flash_sparse_attention.impl.triton.selected_kv_outer import specialized_kernels
+from flash_sparse_attention.impl.triton.tuning import SelectedShape, built_in_tiles, runs_gluon
 from graphs import recorded
 from triton_cases import config, random_selection, selected_rows
 
@@ -141,6 +146,10 @@ def test_new_lengths_compile_nothing():
             inverted_index._fill_segments_kernel,
             merge._merge_slots_kernel,
         )
+        if runs_gluon():
+            from flash_sparse_attention.impl.triton import selected_hopper
+
+            kernels += selected_hopper._selected_fwd_hopper_kernel, selected_hopper._selected_bwd_hopper_kernel
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
     for tokens in (1024, 1000):
@@ -150,6 +159,56 @@ def test_new_lengths_compile_nothing():
         x, indices = inputs(sum(lengths)), random_selection(sum(lengths), 2, 4, 16, "cuda")
         gradients(*x, indices, cu_seqlens=SequenceLayout.from_lengths(lengths, "cuda"))
     assert specialisations() == before
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a device of sm_90"
+)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "block_size", "dtype"),
+    [
+        (8, 2, 128, 64, torch.bfloat16),
+        (8, 2, 128, 64, torch.float16),
+        (2, 2, 128, 64, torch.bfloat16),
+        (5, 1, 64, 64, torch.bfloat16),
+        (8, 2, 64, 128, torch.float16),
+        (8, 2, 128, 128, torch.bfloat16),
+        (7, 1, 128, 192, torch.bfloat16),
+        (16, 1, 128, 256, torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_warps_of_two_kinds_compute_the_same(heads: int, kv_heads: int, dim: int, block_size: int, dtype: torch.dtype):
+    # Sequences that end before, at and after the parts of a block, and tiles that are full, or hold few rows.
+    layout = SequenceLayout.from_lengths([700, 0, 1, 64, 1999, 130], "cuda")
+    shape = SelectedShape(layout.total_tokens, kv_heads, heads // kv_heads, 8, block_size, dim, dim, dtype)
+    problem, tiles = Problem.random(shape, layout, torch.device("cuda")), built_in_tiles(shape)
+    for launch, chosen, tensors in (
+        (problem.kv_outer_forward, tiles.kv_outer_forward, 3),
+        (problem.kv_outer_backward, tiles.kv_outer_backward, 4),
+    ):
+        if launch == problem.kv_outer_forward and block_size != 64:
+            continue
+        assert specialized_kernels(chosen, *(problem.q, problem.k, problem.v, problem.d_out)[:tensors]) is not None
+        for pairs in (chosen.segment_pairs, 40):
+            tried = replace(chosen, segment_pairs=pairs)
+            got, again, others = launch(tried), launch(tried), launch(replace(tried, specialized=False))
+            for a, b, other in zip(got, again, others, strict=True):
+                assert torch.equal(a, b)
+                error = (a.float() - other.float()).abs().max() / other.float().abs().max()
+                assert error < (8e-3 if dtype == torch.bfloat16 else 1e-3)
+
+
+def test_rows_that_are_not_aligned_take_other_kernels():
+    q, k, v, d_out = inputs(300)
+    indices = random_selection(300, 2, 4, 5, "cuda")
+    # Rows that begin at multiples of 2 bytes only.
+    shifted = torch.randn(300 * 8 * 128 + 1, device="cuda", dtype=q.dtype)[1:].view_as(q).copy_(q.detach())
+    assert shifted.data_ptr() % 16 != 0
+    expected = gradients(q, k, v, d_out, indices)
+    got = gradients(shifted.requires_grad_(), k, v, d_out, indices)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-7)
 
 
 def test_compiled_by_inductor():

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import types
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -274,6 +276,66 @@ def test_candidates():
         # Both passes share what the keys of the backward pass decide.
         assert {tiles.keys for tiles in tried.kv_outer_backward} == {base.kv_outer_backward.keys}
     assert 9 <= min(map(len, measure.candidates(SHAPE))) <= max(map(len, measure.candidates(SHAPE))) <= 13
+
+
+@pytest.mark.parametrize(
+    ("changes", "forward", "backward"),
+    [
+        ({}, True, True),
+        ({"dim_k": 64, "dim_v": 64, "group": 5}, True, True),
+        ({"dtype": torch.float16}, True, True),
+        ({"block_size": 128}, False, True),
+        ({"block_size": 192}, False, True),
+        ({"block_size": 32}, False, False),
+        ({"dim_k": 192}, False, False),
+        ({"dim_k": 80, "dim_v": 80}, False, False),
+        ({"dtype": torch.float32}, False, False),
+    ],
+    ids=str,
+)
+def test_specialized_kernels_are_asked_for_where_they_are(monkeypatch, changes, forward, backward):
+    shape = SHAPE._replace(**changes)
+    tiles = built_in_tiles(shape)
+    assert (tiles.kv_outer_forward.specialized, tiles.kv_outer_backward.specialized) == (forward, backward)
+    stored = entry(tiles=tiles, **changes)
+    assert TunedEntry.from_dict(stored.to_dict()) == stored
+    monkeypatch.setattr(tuning, "device_capability", lambda: 80)
+    elsewhere = built_in_tiles(shape)
+    assert not elsewhere.kv_outer_forward.specialized
+    assert not elsewhere.kv_outer_backward.specialized
+
+
+@pytest.mark.parametrize("tile", [{"rows": 128}, {"keys": 32}, {"specialized": "yes"}, {"specialized": 1}], ids=str)
+def test_a_stored_choice_of_kernels_that_are_not_there(tile):
+    tiles = built_in_tiles(SHAPE)
+    broken = replace(tiles, kv_outer_backward=replace(tiles.kv_outer_backward, **tile))
+    with pytest.raises(ValueError, match="specialized must be"):
+        TunedEntry.from_dict(entry(tiles=broken).to_dict())
+    with pytest.raises(ValueError, match="specialized must be"):
+        TunedEntry.from_dict(entry(tiles=tiles, block_size=48).to_dict())
+
+
+@pytest.mark.parametrize(
+    ("version", "arch", "interpreted", "runs"),
+    [
+        ("3.6.0", 90, False, True),
+        ("3.7.1", 90, False, True),
+        ("3.5.1", 90, False, False),
+        ("3.8.0", 90, False, False),
+        ("4.0", 90, False, False),
+        ("3.7.1", 80, False, False),
+        ("3.7.1", 100, False, False),
+        ("3.7.1", "gfx90a", False, False),
+        ("3.7.1", 90, True, False),
+    ],
+)
+def test_gluon_runs_where_it_was_tried(monkeypatch, version, arch, interpreted, runs):
+    target = types.SimpleNamespace(arch=arch)
+    active = types.SimpleNamespace(get_current_target=lambda: target)
+    monkeypatch.setattr(tuning.triton, "__version__", version)
+    monkeypatch.setattr(tuning.triton.knobs.runtime, "interpret", interpreted)
+    monkeypatch.setattr(tuning.triton.runtime, "driver", types.SimpleNamespace(active=active))
+    assert tuning.runs_gluon() is runs
 
 
 class FakeProblem:

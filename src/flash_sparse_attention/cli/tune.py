@@ -134,6 +134,8 @@ def describe(tiles: Any) -> str:
     keys, launch = f"{tiles.keys} keys", f"{_count(tiles.warps, 'warp')}, {_count(tiles.stages, 'stage')}"
     if not hasattr(tiles, "rows"):
         return f"{keys}, {launch}"
+    if tiles.specialized:
+        return f"{tiles.rows} rows, {keys}, {tiles.segment_pairs} pairs, specialized warps"
     registers = "" if tiles.registers is None else f", {tiles.registers} registers"
     return f"{tiles.rows} rows, {keys}, {tiles.segment_pairs} pairs, {launch}{registers}"
 

@@ -95,7 +95,7 @@ def _around(base: Tiles, changes: Sequence[dict[str, Any]]) -> list[Tiles]:
 
 
 def _kv_outer_changes(base: KvOuterTiles) -> list[dict[str, Any]]:
-    return [
+    changes: list[dict[str, Any]] = [
         {"stages": 2},
         {"stages": 1},
         {"rows": 128, "warps": 8, "registers": None},
@@ -109,6 +109,12 @@ def _kv_outer_changes(base: KvOuterTiles) -> list[dict[str, Any]]:
         {"rows": 64, "warps": 8, "registers": None},
         {"rows": 128, "registers": None},
     ]
+    if base.specialized:
+        # Tiles of their own are fixed. The other kernels were slower wherever both were measured: few of them.
+        factors = 0.5, 2.0, 0.25, 4.0
+        segments = [{"segment_pairs": max(1, round(base.segment_pairs * factor))} for factor in factors]
+        return [*segments, *({"specialized": False, **change} for change in ({}, *changes[:5]))]
+    return changes
 
 
 def _query_outer_changes(base: QueryOuterTiles, block: int) -> list[dict[str, Any]]:

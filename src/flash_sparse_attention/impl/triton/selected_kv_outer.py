@@ -7,10 +7,12 @@
     partial results     [token, head, slot] -> merged over the slots of a row by their lse
 
 Rows come straight from the inverted index, so that no head grouping is padded. A program owns a segment of a bucket.
+These kernels are for any device and shape; `selected_hopper` has others for what most models have, on Hopper.
 """
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,23 +20,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .inverted_index import SEGMENT_FIELDS, InvertedIndex
+from .inverted_index import InvertedIndex
 from .merge import launch_merge
 from .primitives import (
     LN_2,
     LOG2_E,
     block_bounds,
-    bounds_of_keys,
     exp_below,
     exp_shifted,
-    keys_ahead,
     lift,
     load_rows,
     padded_dim,
     positive_scale,
     store_rows,
 )
-from .tuning import KvOuterTiles, launch_options
+from .segment import add_up, keys_of_bucket, segment_of_program
+from .tuning import KvOuterTiles, launch_options, runs_gluon
 
 
 def launch_selected_fwd_kv_outer(
@@ -57,30 +58,35 @@ def launch_selected_fwd_kv_outer(
     q, softmax_scale = positive_scale(q, softmax_scale)
     partial = q.new_empty(chunks.pairs * group, dim_v)
     partial_lse = lse.new_empty(chunks.pairs * group)
+    specialized = specialized_kernels(tiles, q, k, v)
+    descriptor = specialized and specialized.tile_descriptor(partial, 1)
     for number, first_head, first_token, tokens in chunks:
-        _selected_fwd_kv_outer_kernel[(segments.most_of_chunk,)](
-            q, k, v, partial, partial_lse, index.pairs, segments.table, segments.ends, cu_seqlens, cu_seqlens_k,
-            cu_seqlens.numel() - 1, chunks.num_blocks, number * chunks.buckets, chunks.buckets,
-            softmax_scale, q.stride(0), k.stride(0), v.stride(0), group, dim_k, dim_v, block_size,
-            tiles.rows, tiles.keys, tiles.stages,
-            **launch_options(tiles),
-        )  # fmt: skip
+        grid = (segments.most_of_chunk,)
+        lists = index.pairs, segments.table, segments.ends, cu_seqlens, cu_seqlens_k
+        common = cu_seqlens.numel() - 1, chunks.num_blocks, number * chunks.buckets, chunks.buckets, softmax_scale
+        strides = q.stride(0), k.stride(0), v.stride(0)
+        if specialized:
+            specialized._selected_fwd_hopper_kernel[grid](
+                q, k, v, descriptor, partial, partial_lse, *lists, *common, *strides, group, dim_k, block_size,
+                **specialized.FORWARD_OPTIONS,
+            )  # fmt: skip
+        else:
+            _selected_fwd_kv_outer_kernel[grid](
+                q, k, v, partial, partial_lse, *lists, *common, *strides, group, dim_k, dim_v, block_size,
+                tiles.rows, tiles.keys, tiles.stages, **launch_options(tiles),
+            )  # fmt: skip
         launch_merge(partial, partial_lse, index, out, lse, 1.0, first_head, first_token, tokens)
     return out, lse
 
 
-@triton.jit
-def _segment(table_ptr, ends_ptr, first_flat, buckets, FIELDS: tl.constexpr):
-    """First pair (of all, and of the chunk), pairs, bucket and tile of this program's segment; it may have no pairs."""
-    segment = tl.program_id(0) + tl.load(ends_ptr + first_flat - 1, mask=first_flat > 0, other=0)
-    exists = segment < tl.load(ends_ptr + first_flat + buckets - 1)
-    row = table_ptr + segment.to(tl.int64) * FIELDS  # [5]: see Segments
-    first_pair = tl.load(row, mask=exists, other=0)
-    in_chunk = first_pair - tl.load(row + 1, mask=exists, other=0)
-    pairs = tl.load(row + 2, mask=exists, other=0)
-    bucket = tl.load(row + 3, mask=exists, other=0)
-    tile = tl.load(row + 4, mask=exists, other=0)
-    return first_pair, in_chunk, pairs, bucket, tile
+def specialized_kernels(tiles: KvOuterTiles, *tensors: Tensor) -> ModuleType | None:
+    """`selected_hopper` if the tiles ask for it, and the device, Triton and the tensors allow it."""
+    if not tiles.specialized or not runs_gluon():
+        return None
+    # Not every version of Triton has what it needs.
+    from . import selected_hopper
+
+    return selected_hopper if selected_hopper.aligned(*tensors) else None
 
 
 @triton.jit
@@ -113,14 +119,6 @@ def _gather(
     if PADDED == DIM:
         return tl.load(x_ptrs)
     return tl.load(x_ptrs, mask=(token >= 0)[:, None] & (offs < DIM), other=0.0)
-
-
-@triton.jit
-def _keys_of_bucket(block, cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, BLOCK_SIZE: tl.constexpr):
-    """First key of a block of the pack, one past its last, and how far keys are ahead of queries; see `keys_ahead`."""
-    bounds_ptr = bounds_of_keys(cu_seqlens_ptr, cu_seqlens_k_ptr)
-    start, end, sequence = block_bounds(block, bounds_ptr, num_sequences, BLOCK_SIZE)
-    return start, tl.minimum(end, start + BLOCK_SIZE), keys_ahead(sequence, cu_seqlens_ptr, cu_seqlens_k_ptr)
 
 
 @triton.jit
@@ -179,11 +177,11 @@ def _selected_fwd_kv_outer_kernel(
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     PADDED_K: tl.constexpr = padded_dim(DIM_K)
     PADDED_V: tl.constexpr = padded_dim(DIM_V)
-    first_pair, in_chunk, pairs, bucket = _segment(segments_ptr, segment_ends_ptr, first_flat, buckets, FIELDS)[:4]
+    first_pair, in_chunk, pairs, bucket = segment_of_program(segments_ptr, segment_ends_ptr, first_flat, buckets)[:4]
     if pairs == 0:
         return
     head = bucket // num_blocks
-    key_start, key_end, ahead = _keys_of_bucket(
+    key_start, key_end, ahead = keys_of_bucket(
         bucket % num_blocks, cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, BLOCK_SIZE
     )
     key = key_start + tl.arange(0, KEYS)
@@ -267,16 +265,27 @@ def launch_selected_bwd_kv_outer(
     key_bounds = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     dk_sum = k.new_empty((k.shape[0], chunks.heads, dim_k) if many else (1,), dtype=dtype)
     dv_sum = v.new_empty((k.shape[0], chunks.heads, dim_v) if many else (1,), dtype=dtype)
+    specialized = specialized_kernels(tiles, q, k, v, d_out)
+    descriptor = specialized and specialized.tile_descriptor(partial, parts) if dq is not None else None
     for number, first_head, first_token, tokens in chunks:
+        grid = segments.most_of_chunk, parts
         last = int(first_token + tokens == total_tokens)
+        given = q, k, v, d_out, shift, delta
+        results = partial, dk_tiles, dv_tiles, dk_sum, dv_sum, dk, dv
+        lists = index.pairs, segments.table, segments.ends, cu_seqlens, cu_seqlens_k
         common = cu_seqlens.numel() - 1, chunks.num_blocks, number * chunks.buckets, chunks.buckets
         share = first_head, chunks.heads, int(first_token > 0), last
-        _selected_bwd_kv_outer_kernel[(segments.most_of_chunk, parts)](
-            q, k, v, d_out, shift, delta, partial, dk_tiles, dv_tiles, dk_sum, dv_sum, dk, dv,
-            index.pairs, segments.table, segments.ends, cu_seqlens, cu_seqlens_k, *common, *share, softmax_scale,
-            q.stride(0), k.stride(0), v.stride(0), d_out.stride(0), num_heads, group, dim_k, dim_v, block_size,
-            dq is not None, tiles.rows, tiles.keys, tiles.stages, **launch_options(tiles),
-        )  # fmt: skip
+        strides = q.stride(0), k.stride(0), v.stride(0), d_out.stride(0)
+        if specialized:
+            specialized._selected_bwd_hopper_kernel[grid](
+                *given, descriptor, *results, *lists, *common, *share, softmax_scale, *strides,
+                num_heads, group, dim_k, block_size, dq is not None, **specialized.BACKWARD_OPTIONS,
+            )  # fmt: skip
+        else:
+            _selected_bwd_kv_outer_kernel[grid](
+                *given, *results, *lists, *common, *share, softmax_scale, *strides, num_heads, group, dim_k, dim_v,
+                block_size, dq is not None, tiles.rows, tiles.keys, tiles.stages, **launch_options(tiles),
+            )  # fmt: skip
         for tiles_f32, total, grad, dim, scale in (
             (dk_tiles, dk_sum, dk, dim_k, softmax_scale),
             (dv_tiles, dv_sum, dv, dim_v, 1.0),
@@ -354,13 +363,13 @@ def _selected_bwd_kv_outer_kernel(
     PADDED_K: tl.constexpr = padded_dim(DIM_K)
     HEADS: tl.constexpr = NUM_HEADS // GROUP
     PADDED_V: tl.constexpr = padded_dim(DIM_V)
-    first_pair, in_chunk, pairs, bucket, tile = _segment(segments_ptr, segment_ends_ptr, first_flat, buckets, FIELDS)
+    first_pair, in_chunk, pairs, bucket, tile = segment_of_program(segments_ptr, segment_ends_ptr, first_flat, buckets)
     if pairs == 0:
         return
     part = tl.program_id(1)
     parts = tl.num_programs(1)
     head = bucket // num_blocks
-    block_start, key_end, ahead = _keys_of_bucket(
+    block_start, key_end, ahead = keys_of_bucket(
         bucket % num_blocks, cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, BLOCK_SIZE
     )
     key = block_start + part * KEYS + tl.arange(0, KEYS)
@@ -403,39 +412,10 @@ def _selected_bwd_kv_outer_kernel(
         store_rows(dk_tiles_ptr, rows * DIM_K, everywhere, dk, DIM_K, PADDED_K)
         store_rows(dv_tiles_ptr, rows * DIM_V, everywhere, dv, DIM_V, PADDED_V)
     else:
-        _add_up(dk, dk_sum_ptr, dk_ptr, key, mask_keys, head, first_head, chunk_heads, add, last, scale, HEADS, DIM_K)
-        _add_up(dv, dv_sum_ptr, dv_ptr, key, mask_keys, head, first_head, chunk_heads, add, last, 1.0, HEADS, DIM_V)
-
-
-@triton.jit
-def _add_up(
-    total, sum_ptr, grad_ptr, key, mask, head, first_head, chunk_heads, add, last, scale,
-    HEADS: tl.constexpr, DIM: tl.constexpr,
-):  # fmt: skip
-    """Adds what the chunks of tokens before have of the keys, and stores the sum, or after the last the gradient.
-
-    The sum is in float32 where that is the dtype of `sum_ptr`; otherwise in the gradient, and in `sum_ptr` what
-    rounding it left.
-    """
-    PADDED: tl.constexpr = padded_dim(DIM)
-    if sum_ptr.dtype.element_ty == tl.float32:
-        sum_rows = (key.to(tl.int64) * chunk_heads + head - first_head) * DIM
-        total += load_rows(sum_ptr, sum_rows, mask & (add != 0), DIM, PADDED)
-        if last != 0:
-            store_rows(grad_ptr, (key.to(tl.int64) * HEADS + head) * DIM, mask, total * scale, DIM, PADDED)
-        else:
-            store_rows(sum_ptr, sum_rows, mask, total, DIM, PADDED)
-    else:
-        grad_rows = (key.to(tl.int64) * HEADS + head) * DIM
-        sum_rows = (key.to(tl.int64) * chunk_heads + head - first_head) * DIM
-        total *= scale
-        if add != 0:
-            total += load_rows(sum_ptr, sum_rows, mask, DIM, PADDED).to(tl.float32)
-            total += load_rows(grad_ptr, grad_rows, mask, DIM, PADDED).to(tl.float32)
-        if last == 0:
-            rest = total - total.to(grad_ptr.dtype.element_ty).to(tl.float32)
-            store_rows(sum_ptr, sum_rows, mask, rest, DIM, PADDED)
-        store_rows(grad_ptr, grad_rows, mask, total, DIM, PADDED)
+        own = key, tl.arange(0, PADDED_K), mask_keys, head, first_head, chunk_heads, add, last, scale
+        add_up(dk, dk_sum_ptr, dk_ptr, *own, HEADS, DIM_K)
+        own = key, tl.arange(0, PADDED_V), mask_keys, head, first_head, chunk_heads, add, last, 1.0
+        add_up(dv, dv_sum_ptr, dv_ptr, *own, HEADS, DIM_V)
 
 
 @triton.jit(
@@ -489,7 +469,7 @@ def _sum_segments_kernel(
     for tile in tl.range(end - segments, end):
         total += load_rows(tiles_ptr, (tile.to(tl.int64) * TILE_KEYS + in_block) * DIM, mask, DIM, PADDED)
     head = first_head + bucket // num_blocks
-    _add_up(total, sum_ptr, grad_ptr, key, mask, head, first_head, chunk_heads, add, last, scale, HEADS, DIM)
-
-
-FIELDS: tl.constexpr = tl.constexpr(SEGMENT_FIELDS)
+    offs = tl.arange(0, PADDED)
+    add_up(
+        total, sum_ptr, grad_ptr, key, offs, mask, head, first_head, chunk_heads, add, last, scale, HEADS, DIM
+    )  # fmt: skip

@@ -16,13 +16,14 @@ import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from ...config import NSAConfig
@@ -70,6 +71,8 @@ class KvOuterTiles:
         segment_pairs: (token, slot) pairs of a segment at most.
         warps, stages: of the launch.
         registers: of a thread at most, or None.
+        specialized: by the kernels of `selected_hopper`, on devices that have them: tiles of 64 rows and 64 keys, and
+            warps, stages and registers of their own.
     """
 
     rows: int
@@ -78,6 +81,7 @@ class KvOuterTiles:
     warps: int
     stages: int
     registers: int | None = None
+    specialized: bool = False
 
 
 @dataclass(frozen=True)
@@ -337,8 +341,9 @@ class TunedEntry:
             KvOuterTiles(**tiles["kv_outer_backward"]),
             QueryOuterTiles(**tiles["query_outer"]),
         )
-        for tile in (chosen.kv_outer_forward, chosen.kv_outer_backward, chosen.query_outer):
-            _check_tiles(tile)
+        _check_tiles(chosen.kv_outer_forward, _can_specialize(shape) and shape.block_size == 64)
+        _check_tiles(chosen.kv_outer_backward, _can_specialize(shape))
+        _check_tiles(chosen.query_outer)
         ms = {
             str(schedule): {str(name): float(time) for name, time in times.items()}
             for schedule, times in values["ms"].items()
@@ -417,16 +422,43 @@ def built_in_tiles(shape: SelectedShape) -> SelectedTiles:
     # 4,096: 0.67. Blocks of 128 at once: 1.91 with 2 stages, 2.40 with 1 and bounded registers, by halves 3.26.
     segment_rows = 2048 if rows >= 1 << 24 and group < 16 else 1024
     forward = KvOuterTiles(64, min(64, block), max(1, segment_rows // group), 4, 1, 128)
-    if block == 128:
+    specialized = _can_specialize(shape) and device_capability() == 90
+    if specialized and shape.block_size == 64:
+        # Kernels of `selected_hopper`: 3.58 so; rows of a segment 2,048: 3.68, 8,192: 3.69. At 8,192 tokens 2,048 rows:
+        # 0.401, 1,024: 0.404, 4,096: 0.423.
+        forward = replace(forward, segment_pairs=max(1, 2 * segment_rows // group), specialized=True)
+    elif block == 128:
         forward = KvOuterTiles(64, 128, max(1, 2048 // group), 4, 2)
     elif block > 128:
         forward = KvOuterTiles(64, 64, max(1, 2048 // group), 4, 1)
     # Backward, main kernel and sum over segments: 10.12 so; rows of a segment 4,096: 10.57, 2,048: 11.55. Main kernel
     # alone: 9.5 to 9.9 so, 1 stage 10.9, 3 stages 15.7, 32 rows 10.8, 8 warps 13.6. At 8,192 tokens, both: 4,096 rows
-    # 1.26, 2,048: 1.21, 8,192: 1.57.
-    segment_rows = 8192 if rows >= 1 << 24 and block <= 64 else 4096
-    backward = KvOuterTiles(64, min(64, block), max(1, segment_rows // group), 4, 2)
+    # 1.26, 2,048: 1.21, 8,192: 1.57. Kernels of `selected_hopper`, both: 6.6 so, 4,096 rows: 7.0. At 8,192 tokens 4,096
+    # rows: 0.67, 2,048: 0.74, 8,192: 0.74.
+    # Parts of 64 keys have programs of their own.
+    enough = rows * (shape.block_size // 64) >= 1 << 24 if specialized else rows >= 1 << 24 and block <= 64
+    segment_rows = 8192 if enough else 4096
+    backward = KvOuterTiles(64, min(64, block), max(1, segment_rows // group), 4, 2, specialized=specialized)
     return SelectedTiles(forward, backward, QueryOuterTiles(min(64, block), 2, 2))
+
+
+def _can_specialize(shape: SelectedShape) -> bool:
+    """Whether `selected_hopper` has kernels for a shape; its forward kernel is for blocks of 64 alone."""
+    dims = shape.dim_k == shape.dim_v and shape.dim_k in (64, 128)
+    return dims and shape.block_size % 64 == 0 and shape.dtype in (torch.bfloat16, torch.float16)
+
+
+# Versions of Triton whose Gluon the kernels of `selected_hopper` were tried with, from and below: it changes.
+GLUON_VERSIONS = ((3, 6), (3, 8))
+
+
+def runs_gluon() -> bool:
+    """Whether the kernels of `selected_hopper` run on the current device: on sm_90, and not in Triton's interpreter."""
+    first, end = GLUON_VERSIONS
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if triton.knobs.runtime.interpret or not first <= version < end:
+        return False
+    return triton.runtime.driver.active.get_current_target().arch == 90
 
 
 # Compute capabilities with more than 200 KiB of shared memory; most others have about 100.
@@ -590,9 +622,14 @@ def _by_length(entries: list[TunedEntry]) -> Iterable[tuple[int, int, TunedEntry
         yield max(start, -(-length // LENGTH_FACTOR)), min(end, length * LENGTH_FACTOR), entry
 
 
-def _check_tiles(tiles: KvOuterTiles | QueryOuterTiles) -> None:
+def _check_tiles(tiles: KvOuterTiles | QueryOuterTiles, can_specialize: bool = True) -> None:
     """Every tile is an integer that a kernel can be built for."""
     for name, size in asdict(tiles).items():
+        if name == "specialized":
+            fits = can_specialize and isinstance(tiles, KvOuterTiles) and (tiles.rows, tiles.keys) == (64, 64)
+            if size is not False and not (size is True and fits):
+                raise bad(name, "true only for what `selected_hopper` has kernels for, false otherwise", size)
+            continue
         if name == "registers" and size is None:
             continue
         check_positive(name, size)
