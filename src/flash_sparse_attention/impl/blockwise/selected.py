@@ -27,6 +27,7 @@ from .common import (
     LOG2_E,
     SCORE_TILE,
     Scratch,
+    Visible,
     empty_outputs,
     larger_tiles,
     layout_of,
@@ -63,14 +64,19 @@ class _Batch(NamedTuple):
     row_SP: Tensor
     padding_SP: Tensor
     key_SL: Tensor
-    visible_SPL: Tensor | None
+    visible_SP1L: Visible | None
 
     def hide_(self, scores_SRL: Tensor) -> Tensor:
         """Sets the scores of later tokens to -inf, in place; rows are (pair, head of the group)."""
-        if self.visible_SPL is not None:
-            rows = scores_SRL.unflatten(1, (self.row_SP.shape[1], -1))
-            rows.masked_fill_(~self.visible_SPL.unsqueeze(2), -math.inf)
+        if self.visible_SP1L is not None:
+            self.visible_SP1L.hide_(scores_SRL.unflatten(1, (self.row_SP.shape[1], -1)))
         return scores_SRL
+
+    def clear_(self, p_SRL: Tensor) -> Tensor:
+        """Sets the probabilities of later tokens to 0, in place."""
+        if self.visible_SP1L is not None:
+            self.visible_SP1L.clear_(p_SRL.unflatten(1, (self.row_SP.shape[1], -1)))
+        return p_SRL
 
 
 class _Segments(NamedTuple):
@@ -115,8 +121,10 @@ class _Segments(NamedTuple):
         slot_SP, num_masked = slot_SP[order_S], int(masked_S.sum())
         return cls(slot_SP // num_slots, padding_SP[order_S], bucket_S[order_S], num_masked, first_pair), slot_SP
 
-    def batches(self, chunk: _Chunk, layout: SequenceLayout, block_size: int, group: int) -> Iterator[_Batch]:
-        """The segments in batches of bounded size, with the keys of their blocks."""
+    def batches(
+        self, chunk: _Chunk, layout: SequenceLayout, block_size: int, group: int, like: Tensor
+    ) -> Iterator[_Batch]:
+        """The segments in batches of bounded size, with the keys of their blocks, for scores in the dtype of `like`."""
         num_kv_heads = chunk.block_indices.shape[1]
         blocks = layout.blocks(block_size)
         block_sequence, block_position = blocks.sequence_ids(), blocks.positions()
@@ -133,13 +141,14 @@ class _Segments(NamedTuple):
                 # The last block of a sequence may be cut short: what lies beyond is masked, and read in bounds.
                 bounds = layout.keys.cu_seqlens
                 token_SL = (bounds[sequence_S1] + key_position_SL).minimum(bounds[sequence_S1 + 1] - 1)
-                visible_SPL = None
+                visible_SP1L = None
                 if masked:
                     position_SP = chunk.position_T[self.row_SP[at] // num_kv_heads]
                     visible_SPL = key_position_SL[:, None, :] <= position_SP[:, :, None]
+                    visible_SP1L = Visible.of(visible_SPL.unsqueeze(2), like)
                 key_SL = token_SL * num_kv_heads + head_S[:, None]
                 in_all = slice(self.first_pair + at.start * pairs, self.first_pair + at.stop * pairs)
-                yield _Batch(in_all, self.row_SP[at], self.padding_SP[at], key_SL, visible_SPL)
+                yield _Batch(in_all, self.row_SP[at], self.padding_SP[at], key_SL, visible_SP1L)
 
 
 class _InvertedIndex(NamedTuple):
@@ -190,10 +199,12 @@ class _InvertedIndex(NamedTuple):
         pair_TKN = pair_of_slot[:-1].view(valid_TKN.shape)
         return cls(segments, num_pairs, pair_TKN.masked_fill_(pair_TKN < 0, num_pairs))
 
-    def batches(self, chunk: _Chunk, layout: SequenceLayout, block_size: int, group: int) -> Iterator[_Batch]:
+    def batches(
+        self, chunk: _Chunk, layout: SequenceLayout, block_size: int, group: int, like: Tensor
+    ) -> Iterator[_Batch]:
         """All segments in batches."""
         for segments in self.segments:
-            yield from segments.batches(chunk, layout, block_size, group)
+            yield from segments.batches(chunk, layout, block_size, group, like)
 
 
 def _segment_size(count_B: Tensor, group: int) -> int:
@@ -246,18 +257,16 @@ def _selected_attention(
     num_blocks = layout.blocks(block_size).total_tokens
     out, lse = empty_outputs(q, v)
     with no_autocast(q):
-        k_rows, v_rows = wide(k).flatten(0, 1), wide(v).flatten(0, 1)
+        k_rows, v_rows = wide(k).flatten(0, 1) * (softmax_scale * LOG2_E), wide(v).flatten(0, 1)
         scratch = Scratch(k_rows)
         for chunk in _chunks(layout, block_indices, block_size, PARTIAL_SUMS // (group * v.shape[2])):
             index = _InvertedIndex.build(chunk, num_blocks, block_size, group)
-            q_rows = scratch.empty("q rows", *q[chunk.queries].shape)
-            torch.mul(wide(q[chunk.queries]), softmax_scale * LOG2_E, out=q_rows)
-            q_rows = q_rows.view(-1, group * q.shape[2])
+            q_rows = wide(q[chunk.queries]).reshape(-1, group * q.shape[2])
             if chunk.queries.stop < len(q):
                 # Later chunks have more blocks to select from, and memory is slow where it is new.
                 scratch.empty("partial out", chunk.block_indices.numel() * 9 // 8, group, v.shape[2])
             partial = _PartialSums.empty(scratch, index.num_pairs, group, v.shape[2])
-            for batch in index.batches(chunk, layout, block_size, group):
+            for batch in index.batches(chunk, layout, block_size, group, k_rows):
                 q_SRD = scratch.gather("q", q_rows, batch.row_SP, q.shape[2])
                 k_SLD = scratch.gather("k", k_rows, batch.key_SL, k.shape[2])
                 v_SLV = scratch.gather("v", v_rows, batch.key_SL, v.shape[2])
@@ -328,38 +337,39 @@ def _selected_attention_backward(
     """Gradients of q, k and v; probabilities are computed again from lse."""
     layout, group = layout_of(cu_seqlens, cu_seqlens_k), q.shape[1] // k.shape[1]
     num_blocks = layout.blocks(block_size).total_tokens
-    dq = torch.empty_like(q)
+    dq = q.new_zeros(q.shape)
     with no_autocast(q):
-        k_rows, v_rows = wide(k).flatten(0, 1), wide(v).flatten(0, 1)
+        k_rows, v_rows = wide(k).flatten(0, 1) * (softmax_scale * LOG2_E), wide(v).flatten(0, 1)
         dk_rows, dv_rows = torch.zeros_like(k_rows), torch.zeros_like(v_rows)
-        shift, normaliser = softmax_shift(d_out, d_lse, out), normaliser_log2(lse)
+        less_shift, less_normaliser = softmax_shift(d_out, d_lse, out).neg_(), normaliser_log2(lse).neg_()
         scratch = Scratch(k_rows)
         for chunk in _chunks(layout, block_indices, block_size, BACKWARD_SLOTS):
             at = chunk.queries
             index = _InvertedIndex.build(chunk, num_blocks, block_size, group)
-            q_rows = (wide(q[at]) * (softmax_scale * LOG2_E)).reshape(-1, group * q.shape[2])
+            q_rows = wide(q[at]).reshape(-1, group * q.shape[2])
             dout_rows = wide(d_out[at]).reshape(-1, group * v.shape[2])
-            normaliser_rows, shift_rows = normaliser[at].reshape(-1, group), shift[at].reshape(-1, group)
-            dq_rows = torch.zeros_like(q_rows)
-            for batch in index.batches(chunk, layout, block_size, group):
+            less_shift_rows, less_normaliser_rows = (x[at].reshape(-1, group) for x in (less_shift, less_normaliser))
+            dq_rows = wide(dq[at]).view(q_rows.shape)  # of dq itself, if dq is as wide
+            for batch in index.batches(chunk, layout, block_size, group, k_rows):
                 q_SRD = scratch.gather("q", q_rows, batch.row_SP, q.shape[2])
                 dout_SRV = scratch.gather("dout", dout_rows, batch.row_SP, v.shape[2])
                 k_SLD = scratch.gather("k", k_rows, batch.key_SL, k.shape[2])
                 v_SLV = scratch.gather("v", v_rows, batch.key_SL, v.shape[2])
-                shift_SR1 = scratch.gather("shift", shift_rows, batch.row_SP, 1)
-                normaliser_SR1 = scratch.gather("normaliser", normaliser_rows, batch.row_SP, 1)
+                less_shift_SR1 = scratch.gather("shift", less_shift_rows, batch.row_SP, 1)
+                less_normaliser_SR1 = scratch.gather("normaliser", less_normaliser_rows, batch.row_SP, 1)
                 # Padding has probability 0.
-                normaliser_SR1.unflatten(1, (-1, group)).masked_fill_(batch.padding_SP[..., None, None], math.inf)
-                scores_SRL = batch.hide_(scratch.product("scores", q_SRD, k_SLD.mT))
-                p_SRL = scores_SRL.sub_(normaliser_SR1).exp2_()
-                ds_SRL = scratch.product("ds", dout_SRV, v_SLV.mT).sub_(shift_SR1).mul_(p_SRL)
+                padding_SP11 = batch.padding_SP[..., None, None]
+                less_normaliser_SR1.unflatten(1, (-1, group)).masked_fill_(padding_SP11, -math.inf)
+                p_SRL = batch.clear_(scratch.product("p", q_SRD, k_SLD.mT, plus=less_normaliser_SR1).exp2_())
+                ds_SRL = scratch.product("ds", dout_SRV, v_SLV.mT, plus=less_shift_SR1).mul_(p_SRL)
                 keys, pairs = batch.key_SL.flatten(), batch.row_SP.flatten()
                 dv_rows.index_add_(0, keys, scratch.product("dv", p_SRL.mT, dout_SRV).flatten(0, 1))
                 dk_rows.index_add_(0, keys, scratch.product("dk", ds_SRL.mT, q_SRD).flatten(0, 1))
                 dq_rows.index_add_(0, pairs, scratch.product("dq", ds_SRL, k_SLD).view(len(pairs), -1))
-            dq[at] = dq_rows.mul_(softmax_scale).view(-1, *q.shape[1:])
-        # The rows of q held softmax_scale * log2(e); dk wants softmax_scale.
-        dk_rows.mul_(LN_2)
+            dq_rows.mul_(LN_2)  # the keys held softmax_scale * log2(e)
+            if dq.dtype != dq_rows.dtype:
+                dq[at] = dq_rows.view(dq[at].shape)
+        dk_rows.mul_(softmax_scale)
     return dq, dk_rows.view(k.shape).to(k.dtype), dv_rows.view(v.shape).to(v.dtype)
 
 
@@ -372,6 +382,6 @@ def _differentiate_selected(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
 
 _selected_attention.register_fake(lambda q, k, v, *_: empty_outputs(q, v))
 _selected_attention_backward.register_fake(
-    lambda d_out, d_lse, q, k, v, *_: (torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape))
+    lambda d_out, d_lse, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
 )
 _selected_attention.register_autograd(_differentiate_selected, setup_context=save_attention)
