@@ -85,8 +85,8 @@ def head_major(x: Tensor) -> Tensor:
     return wide(x).transpose(0, 1).contiguous()
 
 
-def token_major(x_KSD: Tensor, like: Tensor) -> Tensor:
-    return x_KSD.transpose(0, 1).contiguous().to(like.dtype)
+def token_major(x_KSD: Tensor) -> Tensor:
+    return x_KSD.transpose(0, 1).contiguous()
 
 
 def by_group(x: Tensor, num_kv_heads: int) -> Tensor:
@@ -141,6 +141,18 @@ def softmax_shift(d_out: Tensor, d_lse: Tensor, out: Tensor) -> Tensor:
 def normaliser_log2(lse: Tensor) -> Tensor:
     """lse in log2 units, such that exp2(score - normaliser) is 0 where a query sees no key."""
     return lse.masked_fill(lse == -math.inf, math.inf) * LOG2_E
+
+
+class Softmax(NamedTuple):
+    """What the gradients of attention need of its softmax, `[N, H]`: probabilities are exp2(scores + less_normaliser),
+    and dP + less_shift is what they are multiplied with."""
+
+    less_normaliser: Tensor
+    less_shift: Tensor
+
+    @classmethod
+    def of(cls, d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor) -> "Softmax":
+        return cls(normaliser_log2(lse).neg_(), softmax_shift(d_out, d_lse, out).neg_())
 
 
 def save_attention(ctx, inputs, output):  # type: ignore[no-untyped-def]

@@ -12,23 +12,22 @@ import torch
 from torch import Tensor
 
 from ...geometry import Interval
-from ...precision import no_autocast
+from ...precision import no_autocast, wide
 from ...types import AttentionOutput, SequenceLayout
 from .common import (
     LN_2,
     LOG2_E,
     SCORE_TILE,
     Scratch,
+    Softmax,
     Visible,
     by_group,
     empty_outputs,
     head_major,
     larger_tiles,
     layout_of,
-    normaliser_log2,
     rows,
     save_attention,
-    softmax_shift,
     token_major,
 )
 
@@ -205,39 +204,51 @@ def _interval_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; probabilities are computed again from lse."""
     interval, layout = Interval(kernel_size, kernel_stride, window_size or None), layout_of(cu_seqlens, cu_seqlens_k)
-    dq = torch.empty_like(q)
+    dq = torch.zeros(q.shape, dtype=wide(q[:0]).dtype, device=q.device)
+    softmax = Softmax.of(d_out, d_lse, out, lse)
     with no_autocast(q):
-        num_kv_heads = k.shape[1]
-        k_KSD, v_KSV = head_major(k) * (softmax_scale * LOG2_E), head_major(v)
-        dk_KSD, dv_KSV = torch.zeros_like(k_KSD), torch.zeros_like(v_KSV)
-        dq_KTGD = by_group(dq, num_kv_heads)
-        scratch = Scratch(k_KSD)
-        less_shift_KN1 = rows(softmax_shift(d_out, d_lse, out).neg_(), num_kv_heads)
-        less_normaliser_KN1 = rows(normaliser_log2(lse).neg_(), num_kv_heads)
-        for tile in tiles(interval, layout, q.shape[1]):
-            at, group = tile.queries, q.shape[1] // num_kv_heads
-            q_KRD, dout_KRV = scratch.rows("q", q[at], num_kv_heads), scratch.rows("dout", d_out[at], num_kv_heads)
-            at_rows = slice(at.start * group, at.stop * group)
-            less_normaliser_KR1, less_shift_KR1 = less_normaliser_KN1[:, at_rows], less_shift_KN1[:, at_rows]
-            dq_KRD: Tensor | None = None
-            for span in tile.spans():
-                k_part_KSD, v_part_KSV = k_KSD[:, span], v_KSV[:, span]
-                p_KRS = scratch.product("p", q_KRD, k_part_KSD.mT, plus=less_normaliser_KR1).exp2_()
-                tile.clear_(p_KRS, span)
-                dv_KSV[:, span].baddbmm_(p_KRS.mT, dout_KRV)
-                ds_KRS = scratch.product("ds", dout_KRV, v_part_KSV.mT, plus=less_shift_KR1).mul_(p_KRS)
-                dk_KSD[:, span].baddbmm_(ds_KRS.mT, q_KRD)
-                if dq_KRD is None:
-                    dq_KRD = scratch.product("dq", ds_KRS, k_part_KSD)
-                else:
-                    dq_KRD.baddbmm_(ds_KRS, k_part_KSD)
+        dk, dv = differentiate_interval(d_out, q, k, v, softmax, interval, layout, softmax_scale, dq)
+    return dq.mul_(LN_2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def differentiate_interval(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax: Softmax,
+    interval: Interval,
+    layout: SequenceLayout,
+    softmax_scale: float,
+    dq: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of k and v, wide. That of q is added to `dq`, which is wide, over ln 2."""
+    num_kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    k_KSD, v_KSV = head_major(k) * (softmax_scale * LOG2_E), head_major(v)
+    dk_KSD, dv_KSV = torch.zeros_like(k_KSD), torch.zeros_like(v_KSV)
+    dq_KTGD = by_group(dq, num_kv_heads)
+    less_normaliser_KN1, less_shift_KN1 = (rows(x, num_kv_heads) for x in softmax)
+    scratch = Scratch(k_KSD)
+    for tile in tiles(interval, layout, q.shape[1]):
+        at, at_rows = tile.queries, slice(tile.queries.start * group, tile.queries.stop * group)
+        q_KRD, dout_KRV = scratch.rows("q", q[at], num_kv_heads), scratch.rows("dout", d_out[at], num_kv_heads)
+        less_normaliser_KR1, less_shift_KR1 = less_normaliser_KN1[:, at_rows], less_shift_KN1[:, at_rows]
+        dq_KRD: Tensor | None = None
+        for span in tile.spans():
+            k_part_KSD, v_part_KSV = k_KSD[:, span], v_KSV[:, span]
+            p_KRS = scratch.product("p", q_KRD, k_part_KSD.mT, plus=less_normaliser_KR1).exp2_()
+            tile.clear_(p_KRS, span)
+            dv_KSV[:, span].baddbmm_(p_KRS.mT, dout_KRV)
+            ds_KRS = scratch.product("ds", dout_KRV, v_part_KSV.mT, plus=less_shift_KR1).mul_(p_KRS)
+            dk_KSD[:, span].baddbmm_(ds_KRS.mT, q_KRD)
             if dq_KRD is None:
-                dq[at] = 0.0
+                dq_KRD = scratch.product("dq", ds_KRS, k_part_KSD)
             else:
-                # The keys held softmax_scale * log2(e).
-                torch.mul(dq_KRD.unflatten(1, (len(tile.start_T), -1)), LN_2, out=dq_KTGD[:, at])
-        dk_KSD.mul_(softmax_scale)
-    return dq, token_major(dk_KSD, k), token_major(dv_KSV, v)
+                dq_KRD.baddbmm_(ds_KRS, k_part_KSD)
+        if dq_KRD is not None:
+            # The keys held softmax_scale * log2(e).
+            dq_KTGD[:, at].add_(dq_KRD.unflatten(1, (-1, group)))
+    return token_major(dk_KSD.mul_(softmax_scale)), token_major(dv_KSV)
 
 
 def _differentiate_interval(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
@@ -248,6 +259,6 @@ def _differentiate_interval(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
 
 _interval_attention.register_fake(lambda q, k, v, *_: empty_outputs(q, v))
 _interval_attention_backward.register_fake(
-    lambda d_out, d_lse, q, k, v, *_: (torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape))
+    lambda d_out, d_lse, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
 )
 _interval_attention.register_autograd(_differentiate_interval, setup_context=save_attention)

@@ -27,13 +27,12 @@ from .common import (
     LOG2_E,
     SCORE_TILE,
     Scratch,
+    Softmax,
     Visible,
     empty_outputs,
     larger_tiles,
     layout_of,
-    normaliser_log2,
     save_attention,
-    softmax_shift,
 )
 
 # Queries are worked through in chunks. Forward keeps their partial sums, at most so many elements (128 MiB of float32);
@@ -335,42 +334,55 @@ def _selected_attention_backward(
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; probabilities are computed again from lse."""
-    layout, group = layout_of(cu_seqlens, cu_seqlens_k), q.shape[1] // k.shape[1]
-    num_blocks = layout.blocks(block_size).total_tokens
-    dq = q.new_zeros(q.shape)
+    layout, softmax = layout_of(cu_seqlens, cu_seqlens_k), Softmax.of(d_out, d_lse, out, lse)
+    dq = torch.zeros(q.shape, dtype=wide(q[:0]).dtype, device=q.device)
     with no_autocast(q):
-        k_rows, v_rows = wide(k).flatten(0, 1) * (softmax_scale * LOG2_E), wide(v).flatten(0, 1)
-        dk_rows, dv_rows = torch.zeros_like(k_rows), torch.zeros_like(v_rows)
-        less_shift, less_normaliser = softmax_shift(d_out, d_lse, out).neg_(), normaliser_log2(lse).neg_()
-        scratch = Scratch(k_rows)
-        for chunk in _chunks(layout, block_indices, block_size, BACKWARD_SLOTS):
-            at = chunk.queries
-            index = _InvertedIndex.build(chunk, num_blocks, block_size, group)
-            q_rows = wide(q[at]).reshape(-1, group * q.shape[2])
-            dout_rows = wide(d_out[at]).reshape(-1, group * v.shape[2])
-            less_shift_rows, less_normaliser_rows = (x[at].reshape(-1, group) for x in (less_shift, less_normaliser))
-            dq_rows = wide(dq[at]).view(q_rows.shape)  # of dq itself, if dq is as wide
-            for batch in index.batches(chunk, layout, block_size, group, k_rows):
-                q_SRD = scratch.gather("q", q_rows, batch.row_SP, q.shape[2])
-                dout_SRV = scratch.gather("dout", dout_rows, batch.row_SP, v.shape[2])
-                k_SLD = scratch.gather("k", k_rows, batch.key_SL, k.shape[2])
-                v_SLV = scratch.gather("v", v_rows, batch.key_SL, v.shape[2])
-                less_shift_SR1 = scratch.gather("shift", less_shift_rows, batch.row_SP, 1)
-                less_normaliser_SR1 = scratch.gather("normaliser", less_normaliser_rows, batch.row_SP, 1)
-                # Padding has probability 0.
-                padding_SP11 = batch.padding_SP[..., None, None]
-                less_normaliser_SR1.unflatten(1, (-1, group)).masked_fill_(padding_SP11, -math.inf)
-                p_SRL = batch.clear_(scratch.product("p", q_SRD, k_SLD.mT, plus=less_normaliser_SR1).exp2_())
-                ds_SRL = scratch.product("ds", dout_SRV, v_SLV.mT, plus=less_shift_SR1).mul_(p_SRL)
-                keys, pairs = batch.key_SL.flatten(), batch.row_SP.flatten()
-                dv_rows.index_add_(0, keys, scratch.product("dv", p_SRL.mT, dout_SRV).flatten(0, 1))
-                dk_rows.index_add_(0, keys, scratch.product("dk", ds_SRL.mT, q_SRD).flatten(0, 1))
-                dq_rows.index_add_(0, pairs, scratch.product("dq", ds_SRL, k_SLD).view(len(pairs), -1))
-            dq_rows.mul_(LN_2)  # the keys held softmax_scale * log2(e)
-            if dq.dtype != dq_rows.dtype:
-                dq[at] = dq_rows.view(dq[at].shape)
-        dk_rows.mul_(softmax_scale)
-    return dq, dk_rows.view(k.shape).to(k.dtype), dv_rows.view(v.shape).to(v.dtype)
+        dk, dv = differentiate_selected(d_out, q, k, v, block_indices, softmax, block_size, layout, softmax_scale, dq)
+    return dq.mul_(LN_2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def differentiate_selected(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    softmax: Softmax,
+    block_size: int,
+    layout: SequenceLayout,
+    softmax_scale: float,
+    dq: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of k and v, wide. That of q is added to `dq`, which is wide, over ln 2."""
+    group, num_blocks = q.shape[1] // k.shape[1], layout.blocks(block_size).total_tokens
+    k_rows, v_rows = wide(k).flatten(0, 1) * (softmax_scale * LOG2_E), wide(v).flatten(0, 1)
+    dk_rows, dv_rows = torch.zeros_like(k_rows), torch.zeros_like(v_rows)
+    scratch = Scratch(k_rows)
+    for chunk in _chunks(layout, block_indices, block_size, BACKWARD_SLOTS):
+        at = chunk.queries
+        index = _InvertedIndex.build(chunk, num_blocks, block_size, group)
+        q_rows = wide(q[at]).reshape(-1, group * q.shape[2])
+        dout_rows = wide(d_out[at]).reshape(-1, group * v.shape[2])
+        less_normaliser_rows, less_shift_rows = (x[at].reshape(-1, group) for x in softmax)
+        dq_rows = dq[at].view(q_rows.shape)
+        for batch in index.batches(chunk, layout, block_size, group, k_rows):
+            q_SRD = scratch.gather("q", q_rows, batch.row_SP, q.shape[2])
+            dout_SRV = scratch.gather("dout", dout_rows, batch.row_SP, v.shape[2])
+            k_SLD = scratch.gather("k", k_rows, batch.key_SL, k.shape[2])
+            v_SLV = scratch.gather("v", v_rows, batch.key_SL, v.shape[2])
+            less_shift_SR1 = scratch.gather("shift", less_shift_rows, batch.row_SP, 1)
+            less_normaliser_SR1 = scratch.gather("normaliser", less_normaliser_rows, batch.row_SP, 1)
+            # Padding has probability 0.
+            padding_SP11 = batch.padding_SP[..., None, None]
+            less_normaliser_SR1.unflatten(1, (-1, group)).masked_fill_(padding_SP11, -math.inf)
+            p_SRL = batch.clear_(scratch.product("p", q_SRD, k_SLD.mT, plus=less_normaliser_SR1).exp2_())
+            ds_SRL = scratch.product("ds", dout_SRV, v_SLV.mT, plus=less_shift_SR1).mul_(p_SRL)
+            keys, pairs = batch.key_SL.flatten(), batch.row_SP.flatten()
+            dv_rows.index_add_(0, keys, scratch.product("dv", p_SRL.mT, dout_SRV).flatten(0, 1))
+            dk_rows.index_add_(0, keys, scratch.product("dk", ds_SRL.mT, q_SRD).flatten(0, 1))
+            # The keys held softmax_scale * log2(e).
+            dq_rows.index_add_(0, pairs, scratch.product("dq", ds_SRL, k_SLD).view(len(pairs), -1))
+    return dk_rows.mul_(softmax_scale).view(k.shape), dv_rows.view(v.shape)
 
 
 def _differentiate_selected(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
