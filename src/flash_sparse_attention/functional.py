@@ -626,6 +626,7 @@ def _whole(q: Tensor, v: Tensor, config: NSAConfig, impl: str) -> Capability | N
     reach = geometry.windows_reach(config.kernel_size, config.kernel_stride, config.block_size)
     sizes = q.device, q.dtype, max(q.shape[-1], v.shape[-1]), reach, config.num_selected_blocks
     row = resolve(WHOLE, impl, *sizes)
+    # Where there are kernels for some operators and not for the whole, those are taken.
     if (
         impl == "auto"
         and row.impl == "blockwise"
