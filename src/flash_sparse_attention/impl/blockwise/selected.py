@@ -82,7 +82,8 @@ class _Blocks(NamedTuple):
 
     def add(self, x_blocks: Tensor, num_kv_heads: int) -> Tensor:
         """The transpose of `gather`."""
-        x_CLKD = x_blocks.view(num_kv_heads, len(self.token_CL), self.size, -1).permute(1, 2, 0, 3)
+        dim = x_blocks.shape[1] // self.size
+        x_CLKD = x_blocks.view(num_kv_heads, len(self.token_CL), self.size, dim).permute(1, 2, 0, 3)
         x = x_blocks.new_zeros(self.num_tokens, *x_CLKD.shape[2:])
         return x.index_add_(0, self.token_CL.flatten(), x_CLKD.flatten(0, 1))
 
