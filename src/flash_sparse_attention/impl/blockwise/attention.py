@@ -2,7 +2,7 @@
 
 Its backward pass is more than those of the operators in a row. A gate w on the output of a branch is a factor of its
 probabilities P in the gradient, w * P = exp(scores - (lse - log w)), so that all branches share the gradient of the
-output; and the gradient of q is added up in place. On a CPU, where new memory is slow, that saves a tenth of the time.
+output; and the gradient of q is added up in place. That is less new memory, which is slow on a CPU.
 
     forward    compressed -> selection -> selected     window     gated sum
     saved      q, k, v, ... and the selection; out and lse of each branch
