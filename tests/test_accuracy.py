@@ -35,7 +35,13 @@ def failures(case: Case, operator: str) -> set[str]:
 @pytest.fixture
 def replace(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[..., Any]], None]:
     """Puts something else in the place of an operator of the blockwise implementation."""
-    return lambda name, function: monkeypatch.setattr(blockwise, name, function)
+
+    def put(name: str, function: Callable[..., Any]) -> None:
+        # The whole, as one operator, takes the others by itself.
+        for module in (blockwise, blockwise.attention):
+            monkeypatch.setattr(module, name, function, raising=module is blockwise)
+
+    return put
 
 
 # Comparisons of tensors.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from flash_sparse_attention import Interval, NSAConfig, SequenceLayout, nsa_atte
 from flash_sparse_attention import functional as public
 from flash_sparse_attention.accuracy import FULL, Case, judge
 from flash_sparse_attention.impl.blockwise import interval, selected
+from flash_sparse_attention.impl.blockwise.common import Visible
 
 PAPER = NSAConfig(num_selected_blocks=8, window_size=200)
 SMALL = NSAConfig(
@@ -117,6 +119,101 @@ def test_the_measure_of_memory_sees_a_square():
     assert peaks[1][1] >= 512 * 512 * 4
 
 
+# What is hidden.
+
+
+def test_hidden_scores_do_not_matter_whatever_they_are():
+    anything = torch.tensor([1.5, -0.0, math.inf, -math.inf, math.nan])
+    seen = torch.tensor([[True], [False]])
+    for dtype in (torch.float32, torch.float64):
+        scores = anything.to(dtype).expand(2, -1).contiguous()
+        visible = Visible.of(seen, scores)
+        p = scores.clone()
+        visible.hide_(scores)
+        visible.clear_(p)
+        for got, hidden in ((scores, -math.inf), (p, 0.0)):
+            torch.testing.assert_close(got[0], anything.to(dtype), rtol=0, atol=0, equal_nan=True)
+            assert (got[1] == hidden).all()
+
+
+@pytest.mark.parametrize("lengths", [[150], [3, 60, 0, 1, 37, 2, 50]], ids=str)
+@pytest.mark.parametrize("flavour", [Interval(), Interval(8, 4), Interval(window_size=20), Interval(6, 3, 5)], ids=str)
+def test_masks_that_are_kept_are_those_of_the_tile(
+    monkeypatch: pytest.MonkeyPatch, flavour: Interval, lengths: list[int]
+):
+    for size, tokens in (("QUERY_TILE", 10), ("KEY_TILE", 7), ("WINDOW_QUERY_TILE", 10), ("LARGEST_WINDOW_TILE", 40)):
+        monkeypatch.setattr(interval, size, tokens)
+    layout = SequenceLayout.from_lengths(lengths)
+    num_keys = layout.compressed(flavour.kernel_size, flavour.kernel_stride).total_tokens
+    seen = torch.zeros(layout.total_tokens, num_keys)
+    for tile in interval.tiles(flavour, layout, num_heads=2):
+        for span in tile.spans():
+            seen[tile.queries, span] = tile.clear_(torch.ones(1, 2 * len(tile.start_T), span.stop - span.start), span)[
+                0, ::2
+            ]
+    key, first_key, first = torch.arange(num_keys), 0, 0
+    for length in lengths:
+        for token in range(length):
+            start, end = first_key + flavour.start(token), first_key + flavour.end(token)
+            assert torch.equal(seen[first + token].bool(), (key >= start) & (key < end)), (length, token)
+        first, first_key = first + length, first_key + flavour.num_keys(length)
+
+
+def test_later_keys_that_are_not_numbers_change_nothing():
+    q, k, v = torch.randn(90, 4, 16), torch.randn(90, 2, 16), torch.randn(90, 2, 8)
+    gates, bad_k = torch.randn(90, 4, 3), k.clone()
+    bad_k[70:80], bad_k[80:] = math.nan, math.inf
+    expected = nsa_attention(q, k, v, gates, SMALL, impl="blockwise")
+    got = nsa_attention(q, bad_k, v, gates, SMALL, impl="blockwise")
+    assert torch.equal(got.out[:70], expected.out[:70])
+    assert torch.equal(got.block_indices[:70], expected.block_indices[:70])
+
+
+# The whole as one operator.
+
+
+@pytest.mark.parametrize("own", [(), ("k_window",), ("k_window", "v_window", "k_compressed", "v_compressed")], ids=str)
+@pytest.mark.parametrize("gates", [1, 4])
+def test_gradients_of_the_whole_are_those_of_its_parts(own: tuple[str, ...], gates: int):
+    layout = SequenceLayout.from_lengths([60, 0, 3, 37])
+    compressed = layout.compressed(8, 4).total_tokens
+    x = {
+        "q": torch.randn(100, 4, 16),
+        "k": torch.randn(100, 2, 16),
+        "v": torch.randn(100, 2, 8),
+        "gates": 3 * torch.randn(100, gates, 3),
+        **{f"{side}_window": torch.randn(100, 2, dim) for side, dim in (("k", 16), ("v", 8))},
+        **{f"{side}_compressed": torch.randn(compressed, 2, dim) for side, dim in (("k", 16), ("v", 8))},
+    }
+    # A gate that is shut passes nothing on.
+    x["gates"][5], x["gates"][6, :, 1] = -math.inf, -200.0
+    x = {name: value.double().requires_grad_() for name, value in x.items() if "_" not in name or name in own}
+    d_out = torch.randn(100, 4, 8).double()
+    whole = nsa_attention(**x, config=SMALL, cu_seqlens=layout, impl="blockwise").out
+    # `reference` calls the operators one by one.
+    parts = nsa_attention(**x, config=SMALL, cu_seqlens=layout, impl="reference").out
+    torch.testing.assert_close(whole, parts)
+    names, inputs = list(x), list(x.values())
+    for name, got, expected in zip(
+        names, torch.autograd.grad(whole, inputs, d_out), torch.autograd.grad(parts, inputs, d_out), strict=True
+    ):
+        torch.testing.assert_close(got, expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_whole_keeps_its_contract():
+    q, k, v, _, bounds, *_ = operator_arguments()["selected_attention_blockwise"]
+    _, k_compressed, v_compressed, *_ = operator_arguments()["interval_attention_blockwise"]
+    gates, sizes = torch.randn(36, 4, 3), (8, 4, 8, 3, 1, 1, 20, 0.3)
+    operators = torch.ops.flash_sparse_attention
+    for window in ((None, None), (torch.randn(36, 2, 8), torch.randn(36, 2, 6))):
+        inputs = q, k, v, k_compressed, v_compressed, *window, gates, bounds, bounds
+        torch.library.opcheck(operators.nsa_attention_blockwise, (*inputs, *sizes))
+        torch.library.opcheck(operators.nsa_attention_blockwise, differentiable((*inputs, *sizes)))
+        out, *saved = operators.nsa_attention_blockwise(*inputs, *sizes)
+        backward = (torch.randn(out.shape), *inputs, saved, *sizes)
+        torch.library.opcheck(operators.nsa_attention_blockwise_backward, backward)
+
+
 # The contract of custom operators.
 
 
@@ -190,6 +287,7 @@ def test_gradients_are_not_differentiated_twice_in_silence():
     for result in (
         public.interval_attention(q, k, v, Interval(), impl="blockwise"),
         selected_attention(q, k, v, torch.zeros(9, 1, 1, dtype=torch.int32), block_size=16, impl="blockwise"),
+        nsa_attention(q, k, v, torch.zeros(9, 2, 3), SMALL, impl="blockwise"),
     ):
         (grad,) = torch.autograd.grad(result.out.square().sum(), q, create_graph=True)
         with pytest.raises(RuntimeError):

@@ -6,6 +6,7 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 import flash_sparse_attention as fsa
-from flash_sparse_attention import Compression, Interval, NSAConfig, NSAOutput, SequenceLayout
+from flash_sparse_attention import Compression, Interval, NSAConfig, NSAOutput, SequenceLayout, functional
+from flash_sparse_attention import impl as implementations
 
 BATCH, LENGTH = 3, 45
 CONFIG = NSAConfig(
@@ -111,6 +113,20 @@ def test_the_whole_is_its_parts(impl: str):
     assert isinstance(whole, NSAOutput)
     assert torch.equal(whole.block_indices, parts["block_indices"])
     assert torch.equal(whole.out, parts["out"])
+
+
+def test_auto_takes_the_whole_in_blocks_only_where_no_part_has_kernels(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(implementations, "_HAS_TRITON", True)
+    long_windows = NSAConfig(kernel_size=128, kernel_stride=16, block_size=16, num_selected_blocks=4)
+    for device, dtype, config, expected in (
+        ("cpu", torch.bfloat16, NSAConfig(), "blockwise"),
+        ("cuda", torch.bfloat16, NSAConfig(), "triton"),
+        ("cuda", torch.float64, NSAConfig(), "blockwise"),
+        ("cuda", torch.bfloat16, long_windows, None),
+    ):
+        x = SimpleNamespace(device=torch.device(device), dtype=dtype, shape=(1, 4, 64))
+        row = functional._whole(x, x, config, "auto")  # type: ignore[arg-type]
+        assert (row and row.impl) == expected, (device, dtype)
 
 
 def test_the_whole_with_branches_of_their_own(impl: str):

@@ -29,6 +29,7 @@ from flash_sparse_attention.impl import (
     CAPABILITIES,
     FUSED_WRITES,
     OPERATORS,
+    WHOLE,
     WITH_KVCACHE,
     available,
     explain,
@@ -397,7 +398,7 @@ def test_resolve_by_the_table():
 
 def test_explain_has_a_reason_for_every_row_and_one_choice_for_every_operator():
     decisions = explain(CPU, torch.float32)
-    shown = (*OPERATORS, WITH_KVCACHE)
+    shown = (*OPERATORS, WHOLE, WITH_KVCACHE)
     assert [(d.operator, d.impl) for d in decisions if d.chosen] == [(operator, "blockwise") for operator in shown]
     assert len(decisions) == len([row for row in CAPABILITIES if row.operator not in (*CACHE_WRITES, *FUSED_WRITES)])
     assert all(decision.reason for decision in decisions)

@@ -28,7 +28,7 @@ from torch import Tensor
 from . import geometry
 from .config import NSAConfig, compression_kinds
 from .geometry import Interval
-from .impl import WHOLE, WITH_KVCACHE, Capability, available, load, resolve
+from .impl import OPERATORS, WHOLE, WITH_KVCACHE, Capability, load, resolve
 from .precision import no_autocast
 from .types import AttentionOutput, Compression, KVPages, NSAOutput, SequenceLayout
 from .validation import (
@@ -621,13 +621,19 @@ def check_pages(pages: KVPages, config: NSAConfig) -> None:
 
 def _whole(q: Tensor, v: Tensor, config: NSAConfig, impl: str) -> Capability | None:
     """The row that computes the whole attention at once, or None if its operators are to be called one by one."""
-    if impl not in ("auto", "triton"):
+    if impl == "reference":
         return None
     reach = geometry.windows_reach(config.kernel_size, config.kernel_stride, config.block_size)
     sizes = q.device, q.dtype, max(q.shape[-1], v.shape[-1]), reach, config.num_selected_blocks
-    if impl == "auto" and not available(WHOLE, *sizes):
+    row = resolve(WHOLE, impl, *sizes)
+    # Where there are kernels for some operators and not for the whole, those are taken.
+    if (
+        impl == "auto"
+        and row.impl == "blockwise"
+        and any(resolve(op, impl, *sizes).impl != row.impl for op in OPERATORS)
+    ):
         return None
-    return resolve(WHOLE, impl, *sizes)
+    return row
 
 
 @dataclass(frozen=True)

@@ -142,9 +142,9 @@ CAPABILITIES: tuple[Capability, ...] = (
             _FLOATS,
             True,
             "PyTorch in blocks, memory linear in N",
-            loop_orders=("kv_outer",) if op == "selected_attention" else (),
+            loop_orders=("kv_outer",) if op in ("selected_attention", WHOLE) else (),
         )
-        for op in (*OPERATORS, WITH_KVCACHE, *CACHE_WRITES)
+        for op in (*OPERATORS, WHOLE, WITH_KVCACHE, *CACHE_WRITES)
     ),
     *(
         Capability(op, "reference", "reference", ("any",), _FLOATS, False, "the specification, dense, memory N x N")

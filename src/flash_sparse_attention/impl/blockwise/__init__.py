@@ -6,6 +6,7 @@ with `torch.library` as opaque operators, since their loops depend on the data: 
 and activation checkpointing see one node each. Half precisions are computed in float32, the others as they are.
 """
 
+from .attention import nsa_attention
 from .block_selection import select_blocks
 from .combine import combine
 from .compress import compress
@@ -18,6 +19,7 @@ __all__ = [
     "compress",
     "gather_windows",
     "interval_attention",
+    "nsa_attention",
     "nsa_attention_with_kvcache",
     "select_blocks",
     "selected_attention",

@@ -60,26 +60,27 @@ def _select_blocks(
 ) -> Tensor:
     layout = layout_of(cu_seqlens, cu_seqlens_k)
     positions, num_kv_heads = layout.positions(), k.shape[1]
+    group = q.shape[1] // num_kv_heads
     key_position_S = layout.compressed(kernel_size, kernel_stride).positions()
     indices = torch.empty((q.shape[0], num_kv_heads, num_selected_blocks), dtype=torch.int32, device=q.device)
     chunks_per_window, chunks_per_block = kernel_size // kernel_stride, block_size // kernel_stride
     overlaps = overlaps_of(kernel_size, kernel_stride, block_size)
     with no_autocast(q):
-        k_KSD = head_major(k)
+        k_KSD = head_major(k) * (softmax_scale * LOG2_E)
         scratch = Scratch(k_KSD)
-        normaliser = normaliser_log2(lse.to(k_KSD.dtype))
+        less_normaliser_KN1 = rows(normaliser_log2(lse.to(k_KSD.dtype)).neg_(), num_kv_heads)
         for tile in tiles(Interval(kernel_size, kernel_stride), layout, q.shape[1]):
             at = tile.queries
-            q_KRD = rows(q[at], num_kv_heads).mul_(softmax_scale * LOG2_E)
-            normaliser_KR1 = rows(normaliser[at, :, None], num_kv_heads)
+            q_KRD = scratch.rows("q", q[at], num_kv_heads)
+            less_normaliser_KR1 = less_normaliser_KN1[:, at.start * group : at.stop * group]
             blocks_T = geometry.num_eligible_blocks(positions[at], block_size)
             num_blocks = int(blocks_T.max())
             # Probability of each window of the query's own sequence, summed over the group, with room at both ends.
             columns = len(overlaps) + (num_blocks - 1) * chunks_per_block
             p_KTS = scratch.empty("p", num_kv_heads, len(blocks_T), columns).zero_()
             for span in tile.spans():
-                scores_KRS = tile.hide_(scratch.product("scores", q_KRD, k_KSD[:, span].mT), span)
-                group_KTS = scores_KRS.sub_(normaliser_KR1).exp2_().unflatten(1, (len(blocks_T), -1)).sum(2)
+                p_KRS = scratch.product("scores", q_KRD, k_KSD[:, span].mT, plus=less_normaliser_KR1).exp2_()
+                group_KTS = tile.clear_(p_KRS, span).unflatten(1, (len(blocks_T), -1)).sum(2)
                 if tile.one_sequence:
                     column = span.start - tile.keys.start + chunks_per_window - 1
                     p_KTS[..., column : column + group_KTS.shape[-1]] = group_KTS

@@ -1,6 +1,7 @@
 """What the blockwise operators share: layouts of rows, the bookkeeping of a softmax, the size of the working set."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ SHIFT_TILE = 1024  # tokens
 
 # Scores are kept in log2 units: exp2 is 1.5x faster than exp, and exp slows down 10x where its result underflows.
 LOG2_E, LN_2 = math.log2(math.e), math.log(2)
+
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 def larger_tiles(device: torch.device) -> tuple[int, int]:
@@ -44,9 +47,15 @@ class Scratch:
             self._buffers[name] = self._like.new_empty(size + size // 8)
         return self._buffers[name][:size].view(shape)
 
-    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
-        """The batched matrix product."""
-        return torch.bmm(a, b, out=self.empty(name, a.shape[0], a.shape[1], b.shape[2]))
+    def product(self, name: str, a: Tensor, b: Tensor, *, plus: Tensor | None = None) -> Tensor:
+        """The batched matrix product, and `plus` added, which costs less so than after it."""
+        out = self.empty(name, a.shape[0], a.shape[1], b.shape[2])
+        return torch.bmm(a, b, out=out) if plus is None else torch.baddbmm(plus, a, b, out=out)
+
+    def rows(self, name: str, x: Tensor, num_kv_heads: int) -> Tensor:
+        """Tokens and the heads of a group as rows: `[T, H, D]` -> `[K, T * G, D]`, a copy."""
+        x_KTGD = by_group(x, num_kv_heads)
+        return self.empty(name, *x_KTGD.shape).copy_(x_KTGD).flatten(1, 2)
 
     def gather(self, name: str, x: Tensor, rows_SP: Tensor, dim: int) -> Tensor:
         """The named rows of `x`, whose columns are those of several heads: `[S, P * heads, dim]`."""
@@ -76,21 +85,43 @@ def head_major(x: Tensor) -> Tensor:
     return wide(x).transpose(0, 1).contiguous()
 
 
-def token_major(x_KSD: Tensor, like: Tensor) -> Tensor:
-    return x_KSD.transpose(0, 1).contiguous().to(like.dtype)
+def token_major(x_KSD: Tensor) -> Tensor:
+    return x_KSD.transpose(0, 1).contiguous()
+
+
+def by_group(x: Tensor, num_kv_heads: int) -> Tensor:
+    """`[T, H, D]` -> `[K, T, G, D]`, a view."""
+    return x.unflatten(1, (num_kv_heads, -1)).transpose(0, 1)
 
 
 def rows(x: Tensor, num_kv_heads: int) -> Tensor:
-    """Tokens and the heads of a group as rows: `[T, H, D]` -> `[K, T * G, D]`, wide, a copy."""
-    x_TKGD = x.unflatten(1, (num_kv_heads, -1))
-    x_KTGD = x_TKGD.new_empty(num_kv_heads, *x_TKGD.shape[::2], x.shape[2], dtype=wide(x[:0]).dtype)
-    return x_KTGD.copy_(x_TKGD.transpose(0, 1)).flatten(1, 2)
+    """A number of each token and head as rows: `[T, H]` -> `[K, T * G, 1]`."""
+    return by_group(x, num_kv_heads).flatten(1, 2).unsqueeze(-1)
 
 
-def unrows(rows_KRD: Tensor, num_heads: int) -> Tensor:
-    """The inverse of `rows`."""
-    group = num_heads // rows_KRD.shape[0]
-    return rows_KRD.unflatten(1, (-1, group)).transpose(0, 1).flatten(1, 2)
+class Visible(NamedTuple):
+    """Which scores are visible, as masks of the bits of floats, whatever is hidden: inf and NaN too.
+
+    On a CPU `masked_fill_` takes several times as long.
+    """
+
+    kept: Tensor  # all bits of what is visible
+    hidden: Tensor  # the bits of -inf of what is not
+
+    @classmethod
+    def of(cls, visible: Tensor, like: Tensor) -> "Visible":
+        """For scores in the dtype of `like`."""
+        hidden = like.new_full((), -math.inf).view(_BITS[like.dtype])
+        kept = visible.to(hidden.dtype).neg_()
+        return cls(kept, kept.bitwise_not().bitwise_and_(hidden))
+
+    def hide_(self, scores: Tensor) -> None:
+        """Sets hidden scores to -inf, in place."""
+        scores.view(self.kept.dtype).bitwise_and_(self.kept).bitwise_or_(self.hidden)
+
+    def clear_(self, p: Tensor) -> None:
+        """Sets hidden probabilities to 0, in place."""
+        p.view(self.kept.dtype).bitwise_and_(self.kept)
 
 
 def softmax_shift(d_out: Tensor, d_lse: Tensor, out: Tensor) -> Tensor:
@@ -110,6 +141,18 @@ def softmax_shift(d_out: Tensor, d_lse: Tensor, out: Tensor) -> Tensor:
 def normaliser_log2(lse: Tensor) -> Tensor:
     """lse in log2 units, such that exp2(score - normaliser) is 0 where a query sees no key."""
     return lse.masked_fill(lse == -math.inf, math.inf) * LOG2_E
+
+
+class Softmax(NamedTuple):
+    """What the gradients of attention need of its softmax, `[N, H]`: probabilities are exp2(scores + less_normaliser),
+    and dP + less_shift is what they are multiplied with."""
+
+    less_normaliser: Tensor
+    less_shift: Tensor
+
+    @classmethod
+    def of(cls, d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor) -> "Softmax":
+        return cls(normaliser_log2(lse).neg_(), softmax_shift(d_out, d_lse, out).neg_())
 
 
 def save_attention(ctx, inputs, output):  # type: ignore[no-untyped-def]

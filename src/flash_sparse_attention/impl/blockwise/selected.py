@@ -6,9 +6,9 @@
     q2: 0 2        block 2: (q2) (q3)               (q1 q3) x block 1
     q3: 0 1 2                                       (q2 q3) x block 2
 
-Shape suffixes: T queries of a chunk, K key/value heads, G query heads of a group, N slots of a selection, B buckets, S
-segments, P pairs (of a segment, after S), R (pair, head of the group) rows, L tokens of a block, D head dimension, V
-head dimension of the values.
+Shape suffixes: T queries of a chunk, K key/value heads, G query heads of a group, N slots of a selection, B buckets, C
+blocks, S segments, P pairs (of a segment, after S), R (pair, head of the group) rows, L tokens of a block, D head
+dimension, V head dimension of the values.
 """
 
 import math
@@ -27,12 +27,12 @@ from .common import (
     LOG2_E,
     SCORE_TILE,
     Scratch,
+    Softmax,
+    Visible,
     empty_outputs,
     larger_tiles,
     layout_of,
-    normaliser_log2,
     save_attention,
-    softmax_shift,
 )
 
 # Queries are worked through in chunks. Forward keeps their partial sums, at most so many elements (128 MiB of float32);
@@ -52,25 +52,70 @@ class _Chunk(NamedTuple):
     block_indices: Tensor
 
 
+class _Blocks(NamedTuple):
+    """The blocks of all sequences, of `size` tokens each. Those of each kv head are buckets of the inverted index."""
+
+    token_CL: Tensor  # C blocks; where the last one of a sequence is cut short, its last token stands for the rest
+    first_token_C: Tensor  # position in the sequence
+    num_tokens: int
+
+    @classmethod
+    def of(cls, layout: SequenceLayout, block_size: int) -> "_Blocks":
+        blocks, bounds = layout.blocks(block_size), layout.keys.cu_seqlens
+        sequence_C1, first_token_C = (
+            blocks.sequence_ids()[:, None],
+            geometry.first_token_of_block(blocks.positions(), block_size),
+        )
+        token_CL = bounds[sequence_C1] + first_token_C[:, None] + torch.arange(block_size, device=layout.device)
+        # What lies beyond the end is masked, and read in bounds.
+        return cls(token_CL.minimum(bounds[sequence_C1 + 1] - 1), first_token_C, layout.keys.total_tokens)
+
+    @property
+    def size(self) -> int:
+        """Tokens of a block."""
+        return self.token_CL.shape[1]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """`[N, K, D]` -> `[K * C, L * D]`, wide."""
+        x_CLKD = wide(x)[self.token_CL]
+        return x_CLKD.permute(2, 0, 1, 3).reshape(-1, self.size * x.shape[2])
+
+    def add(self, x_blocks: Tensor, num_kv_heads: int) -> Tensor:
+        """The transpose of `gather`."""
+        dim = x_blocks.shape[1] // self.size
+        x_CLKD = x_blocks.view(num_kv_heads, len(self.token_CL), self.size, dim).permute(1, 2, 0, 3)
+        x = x_blocks.new_zeros(self.num_tokens, *x_CLKD.shape[2:])
+        return x.index_add_(0, self.token_CL.flatten(), x_CLKD.flatten(0, 1))
+
+    def positions(self, bucket_S: Tensor) -> Tensor:
+        """Positions of the keys of buckets, those beyond the end too, `[S, L]`."""
+        first_token_S = self.first_token_C[bucket_S % len(self.first_token_C)]
+        return first_token_S[:, None] + torch.arange(self.size, device=bucket_S.device)
+
+
 class _Batch(NamedTuple):
     """Segments of the inverted index that are computed together: S of them, of P pairs each.
 
-    `pairs` is their place among all pairs of the index; `row_SP` counts (query of the chunk, kv head); `key_SL` counts
-    (token of the pack, kv head).
+    `pairs` is their place among all pairs of the index; `row_SP` counts (query of the chunk, kv head).
     """
 
     pairs: slice
     row_SP: Tensor
     padding_SP: Tensor
-    key_SL: Tensor
-    visible_SPL: Tensor | None
+    bucket_S: Tensor
+    visible_SP1L: Visible | None
 
     def hide_(self, scores_SRL: Tensor) -> Tensor:
         """Sets the scores of later tokens to -inf, in place; rows are (pair, head of the group)."""
-        if self.visible_SPL is not None:
-            rows = scores_SRL.unflatten(1, (self.row_SP.shape[1], -1))
-            rows.masked_fill_(~self.visible_SPL.unsqueeze(2), -math.inf)
+        if self.visible_SP1L is not None:
+            self.visible_SP1L.hide_(scores_SRL.unflatten(1, (self.row_SP.shape[1], -1)))
         return scores_SRL
+
+    def clear_(self, p_SRL: Tensor) -> Tensor:
+        """Sets the probabilities of later tokens to 0, in place."""
+        if self.visible_SP1L is not None:
+            self.visible_SP1L.clear_(p_SRL.unflatten(1, (self.row_SP.shape[1], -1)))
+        return p_SRL
 
 
 class _Segments(NamedTuple):
@@ -115,31 +160,22 @@ class _Segments(NamedTuple):
         slot_SP, num_masked = slot_SP[order_S], int(masked_S.sum())
         return cls(slot_SP // num_slots, padding_SP[order_S], bucket_S[order_S], num_masked, first_pair), slot_SP
 
-    def batches(self, chunk: _Chunk, layout: SequenceLayout, block_size: int, group: int) -> Iterator[_Batch]:
-        """The segments in batches of bounded size, with the keys of their blocks."""
-        num_kv_heads = chunk.block_indices.shape[1]
-        blocks = layout.blocks(block_size)
-        block_sequence, block_position = blocks.sequence_ids(), blocks.positions()
+    def batches(self, chunk: _Chunk, blocks: _Blocks, group: int, like: Tensor) -> Iterator[_Batch]:
+        """The segments in batches of bounded size, for scores in the dtype of `like`."""
         num_segments, pairs = self.row_SP.shape
-        more_queries, more_keys = larger_tiles(layout.device)
-        batch_size = max(1, SCORE_TILE * more_queries * more_keys // (pairs * group * block_size))
+        more_queries, more_keys = larger_tiles(like.device)
+        batch_size = max(1, SCORE_TILE * more_queries * more_keys // (pairs * group * blocks.size))
         for masked, begin, stop in ((True, 0, self.num_masked), (False, self.num_masked, num_segments)):
             for first in range(begin, stop, batch_size):
                 at = slice(first, min(first + batch_size, stop))
-                head_S, block_S = self.bucket_S[at] // blocks.total_tokens, self.bucket_S[at] % blocks.total_tokens
-                sequence_S1, position_S1 = block_sequence[block_S, None], block_position[block_S, None]
-                key_position_SL = geometry.first_token_of_block(position_S1, block_size)
-                key_position_SL = key_position_SL + torch.arange(block_size, device=block_S.device)
-                # The last block of a sequence may be cut short: what lies beyond is masked, and read in bounds.
-                bounds = layout.keys.cu_seqlens
-                token_SL = (bounds[sequence_S1] + key_position_SL).minimum(bounds[sequence_S1 + 1] - 1)
-                visible_SPL = None
+                visible_SP1L = None
                 if masked:
-                    position_SP = chunk.position_T[self.row_SP[at] // num_kv_heads]
+                    key_position_SL = blocks.positions(self.bucket_S[at])
+                    position_SP = chunk.position_T[self.row_SP[at] // chunk.block_indices.shape[1]]
                     visible_SPL = key_position_SL[:, None, :] <= position_SP[:, :, None]
-                key_SL = token_SL * num_kv_heads + head_S[:, None]
+                    visible_SP1L = Visible.of(visible_SPL.unsqueeze(2), like)
                 in_all = slice(self.first_pair + at.start * pairs, self.first_pair + at.stop * pairs)
-                yield _Batch(in_all, self.row_SP[at], self.padding_SP[at], key_SL, visible_SPL)
+                yield _Batch(in_all, self.row_SP[at], self.padding_SP[at], self.bucket_S[at], visible_SP1L)
 
 
 class _InvertedIndex(NamedTuple):
@@ -190,10 +226,10 @@ class _InvertedIndex(NamedTuple):
         pair_TKN = pair_of_slot[:-1].view(valid_TKN.shape)
         return cls(segments, num_pairs, pair_TKN.masked_fill_(pair_TKN < 0, num_pairs))
 
-    def batches(self, chunk: _Chunk, layout: SequenceLayout, block_size: int, group: int) -> Iterator[_Batch]:
+    def batches(self, chunk: _Chunk, blocks: _Blocks, group: int, like: Tensor) -> Iterator[_Batch]:
         """All segments in batches."""
         for segments in self.segments:
-            yield from segments.batches(chunk, layout, block_size, group)
+            yield from segments.batches(chunk, blocks, group, like)
 
 
 def _segment_size(count_B: Tensor, group: int) -> int:
@@ -243,24 +279,22 @@ def _selected_attention(
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
     layout, group = layout_of(cu_seqlens, cu_seqlens_k), q.shape[1] // k.shape[1]
-    num_blocks = layout.blocks(block_size).total_tokens
+    blocks = _Blocks.of(layout, block_size)
     out, lse = empty_outputs(q, v)
     with no_autocast(q):
-        k_rows, v_rows = wide(k).flatten(0, 1), wide(v).flatten(0, 1)
-        scratch = Scratch(k_rows)
+        k_blocks, v_blocks = blocks.gather(k).mul_(softmax_scale * LOG2_E), blocks.gather(v)
+        scratch = Scratch(k_blocks)
         for chunk in _chunks(layout, block_indices, block_size, PARTIAL_SUMS // (group * v.shape[2])):
-            index = _InvertedIndex.build(chunk, num_blocks, block_size, group)
-            q_rows = scratch.empty("q rows", *q[chunk.queries].shape)
-            torch.mul(wide(q[chunk.queries]), softmax_scale * LOG2_E, out=q_rows)
-            q_rows = q_rows.view(-1, group * q.shape[2])
+            index = _InvertedIndex.build(chunk, len(blocks.token_CL), block_size, group)
+            q_rows = wide(q[chunk.queries]).reshape(-1, group * q.shape[2])
             if chunk.queries.stop < len(q):
                 # Later chunks have more blocks to select from, and memory is slow where it is new.
                 scratch.empty("partial out", chunk.block_indices.numel() * 9 // 8, group, v.shape[2])
             partial = _PartialSums.empty(scratch, index.num_pairs, group, v.shape[2])
-            for batch in index.batches(chunk, layout, block_size, group):
+            for batch in index.batches(chunk, blocks, group, k_blocks):
                 q_SRD = scratch.gather("q", q_rows, batch.row_SP, q.shape[2])
-                k_SLD = scratch.gather("k", k_rows, batch.key_SL, k.shape[2])
-                v_SLV = scratch.gather("v", v_rows, batch.key_SL, v.shape[2])
+                k_SLD = scratch.gather("k", k_blocks, batch.bucket_S, k.shape[2])
+                v_SLV = scratch.gather("v", v_blocks, batch.bucket_S, v.shape[2])
                 scores_SRL = batch.hide_(scratch.product("scores", q_SRD, k_SLD.mT))
                 max_SR = torch.amax(scores_SRL, -1, out=partial.max_PG[batch.pairs].view(scores_SRL.shape[:2]))
                 p_SRL = scores_SRL.sub_(max_SR.unsqueeze(-1)).exp2_()
@@ -326,41 +360,55 @@ def _selected_attention_backward(
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v; probabilities are computed again from lse."""
-    layout, group = layout_of(cu_seqlens, cu_seqlens_k), q.shape[1] // k.shape[1]
-    num_blocks = layout.blocks(block_size).total_tokens
-    dq = torch.empty_like(q)
+    layout, softmax = layout_of(cu_seqlens, cu_seqlens_k), Softmax.of(d_out, d_lse, out, lse)
+    dq = torch.zeros(q.shape, dtype=wide(q[:0]).dtype, device=q.device)
     with no_autocast(q):
-        k_rows, v_rows = wide(k).flatten(0, 1), wide(v).flatten(0, 1)
-        dk_rows, dv_rows = torch.zeros_like(k_rows), torch.zeros_like(v_rows)
-        shift, normaliser = softmax_shift(d_out, d_lse, out), normaliser_log2(lse)
-        scratch = Scratch(k_rows)
-        for chunk in _chunks(layout, block_indices, block_size, BACKWARD_SLOTS):
-            at = chunk.queries
-            index = _InvertedIndex.build(chunk, num_blocks, block_size, group)
-            q_rows = (wide(q[at]) * (softmax_scale * LOG2_E)).reshape(-1, group * q.shape[2])
-            dout_rows = wide(d_out[at]).reshape(-1, group * v.shape[2])
-            normaliser_rows, shift_rows = normaliser[at].reshape(-1, group), shift[at].reshape(-1, group)
-            dq_rows = torch.zeros_like(q_rows)
-            for batch in index.batches(chunk, layout, block_size, group):
-                q_SRD = scratch.gather("q", q_rows, batch.row_SP, q.shape[2])
-                dout_SRV = scratch.gather("dout", dout_rows, batch.row_SP, v.shape[2])
-                k_SLD = scratch.gather("k", k_rows, batch.key_SL, k.shape[2])
-                v_SLV = scratch.gather("v", v_rows, batch.key_SL, v.shape[2])
-                shift_SR1 = scratch.gather("shift", shift_rows, batch.row_SP, 1)
-                normaliser_SR1 = scratch.gather("normaliser", normaliser_rows, batch.row_SP, 1)
-                # Padding has probability 0.
-                normaliser_SR1.unflatten(1, (-1, group)).masked_fill_(batch.padding_SP[..., None, None], math.inf)
-                scores_SRL = batch.hide_(scratch.product("scores", q_SRD, k_SLD.mT))
-                p_SRL = scores_SRL.sub_(normaliser_SR1).exp2_()
-                ds_SRL = scratch.product("ds", dout_SRV, v_SLV.mT).sub_(shift_SR1).mul_(p_SRL)
-                keys, pairs = batch.key_SL.flatten(), batch.row_SP.flatten()
-                dv_rows.index_add_(0, keys, scratch.product("dv", p_SRL.mT, dout_SRV).flatten(0, 1))
-                dk_rows.index_add_(0, keys, scratch.product("dk", ds_SRL.mT, q_SRD).flatten(0, 1))
-                dq_rows.index_add_(0, pairs, scratch.product("dq", ds_SRL, k_SLD).view(len(pairs), -1))
-            dq[at] = dq_rows.mul_(softmax_scale).view(-1, *q.shape[1:])
-        # The rows of q held softmax_scale * log2(e); dk wants softmax_scale.
-        dk_rows.mul_(LN_2)
-    return dq, dk_rows.view(k.shape).to(k.dtype), dv_rows.view(v.shape).to(v.dtype)
+        dk, dv = differentiate_selected(d_out, q, k, v, block_indices, softmax, block_size, layout, softmax_scale, dq)
+    return dq.mul_(LN_2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def differentiate_selected(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    softmax: Softmax,
+    block_size: int,
+    layout: SequenceLayout,
+    softmax_scale: float,
+    dq: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of k and v, wide. That of q is added to `dq`, which is wide, over ln 2."""
+    group, blocks = q.shape[1] // k.shape[1], _Blocks.of(layout, block_size)
+    k_blocks, v_blocks = blocks.gather(k).mul_(softmax_scale * LOG2_E), blocks.gather(v)
+    dk_blocks, dv_blocks = torch.zeros_like(k_blocks), torch.zeros_like(v_blocks)
+    scratch = Scratch(k_blocks)
+    for chunk in _chunks(layout, block_indices, block_size, BACKWARD_SLOTS):
+        at = chunk.queries
+        index = _InvertedIndex.build(chunk, len(blocks.token_CL), block_size, group)
+        q_rows = wide(q[at]).reshape(-1, group * q.shape[2])
+        dout_rows = wide(d_out[at]).reshape(-1, group * v.shape[2])
+        less_normaliser_rows, less_shift_rows = (x[at].reshape(-1, group) for x in softmax)
+        dq_rows = dq[at].view(q_rows.shape)
+        for batch in index.batches(chunk, blocks, group, k_blocks):
+            q_SRD = scratch.gather("q", q_rows, batch.row_SP, q.shape[2])
+            dout_SRV = scratch.gather("dout", dout_rows, batch.row_SP, v.shape[2])
+            k_SLD = scratch.gather("k", k_blocks, batch.bucket_S, k.shape[2])
+            v_SLV = scratch.gather("v", v_blocks, batch.bucket_S, v.shape[2])
+            less_shift_SR1 = scratch.gather("shift", less_shift_rows, batch.row_SP, 1)
+            less_normaliser_SR1 = scratch.gather("normaliser", less_normaliser_rows, batch.row_SP, 1)
+            # Padding has probability 0.
+            padding_SP11 = batch.padding_SP[..., None, None]
+            less_normaliser_SR1.unflatten(1, (-1, group)).masked_fill_(padding_SP11, -math.inf)
+            p_SRL = batch.clear_(scratch.product("p", q_SRD, k_SLD.mT, plus=less_normaliser_SR1).exp2_())
+            ds_SRL = scratch.product("ds", dout_SRV, v_SLV.mT, plus=less_shift_SR1).mul_(p_SRL)
+            pairs = batch.row_SP.flatten()
+            dv_blocks.index_add_(0, batch.bucket_S, scratch.product("dv", p_SRL.mT, dout_SRV).flatten(1))
+            dk_blocks.index_add_(0, batch.bucket_S, scratch.product("dk", ds_SRL.mT, q_SRD).flatten(1))
+            # The keys held softmax_scale * log2(e).
+            dq_rows.index_add_(0, pairs, scratch.product("dq", ds_SRL, k_SLD).view(len(pairs), -1))
+    return blocks.add(dk_blocks.mul_(softmax_scale), k.shape[1]), blocks.add(dv_blocks, k.shape[1])
 
 
 def _differentiate_selected(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
@@ -372,6 +420,6 @@ def _differentiate_selected(ctx, d_out, d_lse):  # type: ignore[no-untyped-def]
 
 _selected_attention.register_fake(lambda q, k, v, *_: empty_outputs(q, v))
 _selected_attention_backward.register_fake(
-    lambda d_out, d_lse, q, k, v, *_: (torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape))
+    lambda d_out, d_lse, q, k, v, *_: (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
 )
 _selected_attention.register_autograd(_differentiate_selected, setup_context=save_attention)
