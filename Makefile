@@ -15,7 +15,7 @@ help:
 
 $(VENV)/installed: pyproject.toml constraints/cpu.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev,triton]' $(CONSTRAINTS)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -e '.[dev,triton]' $(CONSTRAINTS)
 	touch $@
 
 # make install   the virtual environment in .venv, with the package and what development needs
