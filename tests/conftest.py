@@ -49,6 +49,11 @@ def hasten_the_interpreter() -> None:
     interpreter._patch_builtin = patch_builtin
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest, the compilation of kernels, comes first, so that no worker is left with it at the end."""
+    items.sort(key=lambda item: "test_triton_compile" not in item.nodeid)
+
+
 @pytest.fixture(autouse=True)
 def uninitialized_memory_is_nan() -> Iterator[None]:
     """`torch.empty` and its kin return NaN (the largest integer of an integer dtype), so that what is read before it is
