@@ -34,6 +34,7 @@ from .common import (
 QUERY_TILE, KEY_TILE = 256, 256  # tokens, keys
 # Of a sliding window: fewer queries, so that more of what their keys give is visible, and all their keys at once.
 WINDOW_QUERY_TILE, LARGEST_WINDOW_TILE = 128, 1024
+# Masks of the latest edges: of both ends of a tile, and of tiles whose phase differs.
 KEPT_MASKS = 4
 
 

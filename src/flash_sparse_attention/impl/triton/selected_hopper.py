@@ -226,9 +226,11 @@ def _selected_fwd_hopper_kernel(
     DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
 ):
-    """What `_selected_fwd_kv_outer_kernel` computes, for blocks of 64, with the same grid and ownership.
+    """What `_selected_fwd_kv_outer_kernel` computes, for blocks of 64.
 
-    `descriptor` stores tiles of `partial_ptr`, whose last tiles of a segment the warps store.
+    Grid: (segment of the chunk,); programs beyond the last segment leave.
+    Owns: the partial results of its pairs: whole tiles by `descriptor`, the last one and lse by plain stores.
+    Invariant: after n steps of the consumer, the rows of the first n tiles are stored or on their way.
     """
     STAGES: gl.constexpr = FORWARD_STAGES
     first_pair, in_chunk, pairs, bucket, _ = segment_of_program(segments_ptr, segment_ends_ptr, first_flat, buckets)
@@ -435,9 +437,12 @@ def _selected_bwd_hopper_kernel(
     BLOCK_SIZE: gl.constexpr,
     WITH_DQ: gl.constexpr,
 ):
-    """What `_selected_bwd_kv_outer_kernel` computes, for parts of 64 keys, with the same grid and ownership.
+    """What `_selected_bwd_kv_outer_kernel` computes, for parts of 64 keys.
 
-    `descriptor` stores tiles of `partial_ptr`, whose last tiles of a segment the warps store; None without dQ.
+    Grid: (segment of the chunk, part of its block); programs beyond the last segment leave.
+    Owns: the partial dQ of its pairs, whole tiles by `descriptor` (None without dQ) and the last one by plain stores;
+        and its tile of dk and dv; or, if it is alone in its bucket, the gradients of the keys.
+    Invariant: after n steps of both consumers, their dk and dv add up to the sums over the first 2 n tiles of rows.
     """
     STAGES: gl.constexpr = BACKWARD_STAGES
     HEADS: gl.constexpr = NUM_HEADS // GROUP
