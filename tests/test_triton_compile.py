@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from flash_sparse_attention import KVPages, NSAConfig
 from flash_sparse_attention.impl import triton as kernels
-from flash_sparse_attention.impl.triton import cache_write
+from flash_sparse_attention.impl.triton import cache_write, interval
 from flash_sparse_attention.impl.triton.block_scores import launch_select_blocks
 from flash_sparse_attention.impl.triton.combine import launch_combine, launch_combine_backward
 from flash_sparse_attention.impl.triton.decode import DecodeShape, launch_decode
@@ -45,6 +45,7 @@ from flash_sparse_attention.impl.triton.selected_query_outer import (
 )
 from flash_sparse_attention.impl.triton.tuning import (
     DecodeTiles,
+    IntervalSchedule,
     SelectedShape,
     interval_schedule,
     score_tiles,
@@ -135,8 +136,10 @@ HOPPER = {
     BACKWARD: "_selected_bwd_hopper_kernel WITH_DQ",
     BACKWARD_WITHOUT_DQ: "_selected_bwd_hopper_kernel",
 }
-# Kernels of tiles that lie side by side.
-DENSE = ("_interval_fwd_kernel", "_interval_dq_kernel", "_interval_dkv_kernel", "_block_scores_kernel")
+# Kernels of tiles that lie side by side, and those of them that Hopper has others for.
+INTERVAL = ("_interval_fwd_kernel", "_interval_dq_kernel", "_interval_dkv_kernel")
+HOPPER_INTERVAL = tuple(name.replace("_kernel", "_hopper_kernel") for name in INTERVAL)
+DENSE = (*INTERVAL, "_block_scores_kernel")
 SPILL_BYTES = {
     FORWARD: {80: 116, 90: 8, 100: 16},
     # Most of it around the last stores, where dK, dV and the sums to add to are held at once; 20 loads in the loop.
@@ -144,6 +147,8 @@ SPILL_BYTES = {
     BACKWARD_WITHOUT_DQ: {80: 136, 90: 158, 100: 154},
     HOPPER[BACKWARD]: {90: 12},
     HOPPER[BACKWARD_WITHOUT_DQ]: {90: 12},
+    "_interval_dkv_hopper_kernel": {90: 26},
+    "_interval_dkv_hopper_kernel ADD": {90: 8},
     "_sum_segments_kernel": {80: 4},
     "_interval_fwd_kernel": {80: 60, 90: 16},
     # Both gradients, scores and their gradient are held at once; the loop is faster so than with smaller tiles.
@@ -155,6 +160,12 @@ SPILL_BYTES = {
 SPILL_BYTES_OF_CASE = {
     Case(90, block_size=256): {FORWARD: 184},
     Case(100, (192, 128)): {BACKWARD: 246},
+    # The heads of a group are counted by division.
+    Case(90, group=5): {
+        "_interval_fwd_hopper_kernel": 17,
+        "_interval_dkv_hopper_kernel": 30,
+        "_interval_dkv_hopper_kernel ADD": 48,
+    },
     # Products in float32 take no matrix unit.
     Case(90, dtype=torch.float32): {
         FORWARD: 704,
@@ -242,15 +253,19 @@ def launch_branches(
         (IntervalSizes(1, 1, 512, 0.1), k, v, tokens),
     ):
         schedule = interval_schedule(*case.dims, case.dtype, sizes.window_size > 0, case.arch)
-        given = q, keys, values
-        out, lse = launch_interval_fwd(*given, cu_seqlens, key_bounds, sizes, schedule.forward, cu_seqlens_k)
+        schedules = [schedule]
+        if case.others:
+            schedules.append(IntervalSchedule(*(replace(tiles, specialized=False) for tiles in schedule)))
+        for forward, dq, dkv in schedules:
+            given = q, keys, values
+            out, lse = launch_interval_fwd(*given, cu_seqlens, key_bounds, sizes, forward, cu_seqlens_k)
+            shift = delta = torch.empty_like(lse)
+            rest = shift, delta, cu_seqlens, key_bounds, sizes
+            add = sizes.window_size > 0
+            launch_interval_dq(d_out, *given, *rest, dq, torch.empty_like(q), add, cu_seqlens_k)
+            sums = (torch.empty_like(keys), torch.empty_like(values)) if add else None
+            launch_interval_dkv(d_out, *given, *rest, dkv, cu_seqlens_k, sums)
         outs, lses = [*outs, out], [*lses, lse]
-        shift = delta = torch.empty_like(lse)
-        rest = shift, delta, cu_seqlens, key_bounds, sizes
-        add = sizes.window_size > 0
-        launch_interval_dq(d_out, *given, *rest, schedule.dq, torch.empty_like(q), add, cu_seqlens_k)
-        sums = (torch.empty_like(keys), torch.empty_like(values)) if add else None
-        launch_interval_dkv(d_out, *given, *rest, schedule.dkv, cu_seqlens_k, sums)
     launch_select_blocks(
         q, k_compressed, lses[0], cu_seqlens, bounds, len(k), KERNEL_SIZE, KERNEL_STRIDE, SCORE_BLOCK_SIZE, case.slots,
         1, 2, 0.1, score_tiles(case.dims[0], case.dtype, case.arch), cu_seqlens_k,
@@ -264,6 +279,8 @@ def launch_branches(
 @pytest.fixture(scope="module")
 def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiler]:
     with pytest.MonkeyPatch.context() as monkeypatch:
+        # Lengths that are compiled for are short, and the kernels are those of long ones.
+        monkeypatch.setattr(interval, "LEAST_HOPPER_KEYS", 0)
         yield Compiler(monkeypatch, tmp_path_factory.mktemp("triton"))
 
 
@@ -294,16 +311,22 @@ def test_compiles_and_fits(compiler: Compiler, case: Case):
     names, expected = {kernel.name for kernel in compiled}, kernel_names()
     for name, specialized in zip((FORWARD, BACKWARD_WITHOUT_DQ), case.specialized, strict=True):
         expected -= {name} if specialized and not case.others else set() if specialized else {HOPPER[name]}
+    # Kernels for Hopper of selected attention are for the same heads.
+    hopper = case.specialized[1]
+    expected -= set() if case.others else set(INTERVAL if hopper else HOPPER_INTERVAL)
     assert names == expected if case.branches else names < expected
     assert not [problem for kernel in compiled for problem in too_much(case, kernel)]
     if case.dtype != torch.float32 and max(case.dims) <= 128:
         forward, backward = case.specialized
         wanted = SELECTED if case.without_dq else (FORWARD, BACKWARD)
         selected = {HOPPER[name] if (forward if name == FORWARD else backward) else name for name in wanted}
-        main = [kernel for kernel in compiled if kernel.variant in selected or kernel.name in DENSE]
-        assert {*selected, *(DENSE if case.branches else ())} <= {x for k in main for x in (k.variant, k.name)}
+        main = [
+            kernel for kernel in compiled if kernel.variant in selected or kernel.name in (*DENSE, *HOPPER_INTERVAL)
+        ]
+        dense = (DENSE if case.others or not hopper else DENSE[-1:]) if case.branches else ()
+        assert {*selected, *dense} <= {x for k in main for x in (k.variant, k.name)}
         assert not [kernel.variant for kernel in main if MATRIX_UNITS[case.arch] not in kernel.ptx]
-        assert not [kernel.variant for kernel in compiled if kernel.variant in HOPPER.values() and kernel.serialized]
+        assert not [kernel.variant for kernel in compiled if "_hopper_" in kernel.name and kernel.serialized]
 
 
 def kernel_names(decoding: bool = False) -> set[str]:
@@ -411,7 +434,8 @@ LENGTHS = [(1000, 1), (4097, 7), (65536, 16)]
 # The one holds a row of scores: there is a kernel for each power of two, as short rows would pay for long ones. The
 # other writes float32 for several shares of the rows, into which short sequences are cut, and for one the gradients, or
 # adds to them.
-BY_MAGNITUDE = {"_pick_blocks_kernel", "_interval_dkv_kernel", "_interval_dkv_kernel ADD"}
+DKV = INTERVAL[-1], HOPPER_INTERVAL[-1]
+BY_MAGNITUDE = {"_pick_blocks_kernel", *DKV, *(f"{name} ADD" for name in DKV)}
 
 
 def test_lengths_never_recompile(compiler: Compiler):

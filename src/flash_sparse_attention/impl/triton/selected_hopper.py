@@ -49,11 +49,6 @@ BACKWARD_OPTIONS = {"num_warps": 4, "maxnreg": 168}
 BACKWARD_CONSUMER, BACKWARD_PRODUCER = gl.constexpr(232), gl.constexpr(40)
 
 
-def aligned(*tensors: Tensor) -> bool:
-    """Whether the rows of all can be copied 16 bytes at a time."""
-    return all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in tensors)
-
-
 def tile_descriptor(partial: Tensor, parts: int) -> TensorDescriptor:
     """By which tiles of the partial results `[rows * parts, dim]` are stored, each of one part."""
     rows, dim = partial.shape[0] // parts, partial.shape[1]

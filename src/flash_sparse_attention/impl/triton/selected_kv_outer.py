@@ -35,7 +35,7 @@ from .primitives import (
     store_rows,
 )
 from .segment import add_up, keys_of_bucket, segment_of_program
-from .tuning import KvOuterTiles, launch_options, runs_gluon
+from .tuning import KvOuterTiles, launch_options, takes_hopper_kernels
 
 
 def launch_selected_fwd_kv_outer(
@@ -81,12 +81,12 @@ def launch_selected_fwd_kv_outer(
 
 def specialized_kernels(tiles: KvOuterTiles, *tensors: Tensor) -> ModuleType | None:
     """`selected_hopper` if the tiles ask for it, and the device, Triton and the tensors allow it."""
-    if not tiles.specialized or not runs_gluon():
+    if not takes_hopper_kernels(tiles, *tensors):
         return None
     # Not every version of Triton has what it needs.
     from . import selected_hopper
 
-    return selected_hopper if selected_hopper.aligned(*tensors) else None
+    return selected_hopper
 
 
 @triton.jit

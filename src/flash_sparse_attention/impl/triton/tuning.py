@@ -104,13 +104,17 @@ class SelectedTiles:
 
 @dataclass(frozen=True)
 class IntervalTiles:
-    """Tile sizes of a kernel of interval attention: (token, head) rows and keys of a tile; see `KvOuterTiles`."""
+    """Tile sizes of a kernel of interval attention: (token, head) rows and keys of a tile; see `KvOuterTiles`.
+
+    `specialized`: by the kernels of `interval_hopper`.
+    """
 
     rows: int
     keys: int
     warps: int
     stages: int
     registers: int | None = None
+    specialized: bool = False
 
 
 @dataclass(frozen=True)
@@ -444,16 +448,32 @@ def built_in_tiles(shape: SelectedShape) -> SelectedTiles:
 
 def _can_specialize(shape: SelectedShape) -> bool:
     """Whether `selected_hopper` has kernels for a shape; its forward kernel is for blocks of 64 alone."""
-    dims = shape.dim_k == shape.dim_v and shape.dim_k in (64, 128)
-    return dims and shape.block_size % 64 == 0 and shape.dtype in (torch.bfloat16, torch.float16)
+    return shape.block_size % 64 == 0 and _has_hopper_kernels(shape.dim_k, shape.dim_v, shape.dtype)
 
 
-# Versions of Triton whose Gluon the kernels of `selected_hopper` were tried with, from and below: it changes.
+def _has_hopper_kernels(dim_k: int, dim_v: int, dtype: torch.dtype) -> bool:
+    """Whether `selected_hopper` and `interval_hopper` are for such heads."""
+    return dim_k == dim_v and dim_k in (64, 128) and dtype in (torch.bfloat16, torch.float16)
+
+
+# Versions of Triton whose Gluon the kernels for Hopper were tried with, from and below: it changes.
 GLUON_VERSIONS = ((3, 6), (3, 8))
 
 
+def takes_hopper_kernels(tiles: KvOuterTiles | IntervalTiles, *tensors: Tensor) -> bool:
+    """Whether tiles ask for kernels for Hopper, and the device, Triton and the tensors allow it.
+
+    Their rows are copied 16 bytes at a time.
+    """
+    return (
+        tiles.specialized
+        and runs_gluon()
+        and all(x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0 for x in tensors)
+    )
+
+
 def runs_gluon() -> bool:
-    """Whether the kernels of `selected_hopper` run on the current device: on sm_90, and not in Triton's interpreter."""
+    """Whether the kernels for Hopper run on the current device: on sm_90, and not in Triton's interpreter."""
     first, end = GLUON_VERSIONS
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if triton.knobs.runtime.interpret or not first <= version < end:
@@ -489,13 +509,16 @@ def interval_schedule(
     # H200, 65,536 tokens, 32/8 heads of 128, ms. Window of 512, forward: 1.98 so; rows, keys, warps, stages 64, 64, 4,
     # 3: 2.23; 128, 64, 8, 3: 2.40. dQ: 2.42 so; 64, 32, 4, 3: 2.47; 128, 64, 8, 3: 2.61. dK and dV: 2.81 so; 32, 128,
     # 8, 3: 3.35; 64, 64, 4, 2: 3.33.
+    hopper = capability == 90 and _has_hopper_kernels(dim_k, dim_v, dtype)
     if windowed:
-        forward = IntervalTiles(64, 32, 4, 3, 168)
-        return IntervalSchedule(forward, IntervalTiles(64, 64, 4, 2), IntervalTiles(32, 64, 4, 3))
+        # Kernels of `interval_hopper`: 1.65, 1.90 and 2.11.
+        forward, dq, dkv = IntervalTiles(64, 32, 4, 3, 168), IntervalTiles(64, 64, 4, 2), IntervalTiles(32, 64, 4, 3)
+        return IntervalSchedule(*(replace(tiles, specialized=hopper) for tiles in (forward, dq, dkv)))
     # Compressed, windows of 32 / 16, forward: 4.32 so, without descriptors 4.95; 128, 128, 8, 3: 4.37; 128, 64, 8, 3:
     # 4.55. dQ: 5.35 so, without descriptors 5.43; 64, 64, 4, 2: 5.52. dK and dV: 9.30 so; 3 stages 9.74; 32, 128, 8, 4:
-    # 11.4; 64, 64, 4, 2: 13.1; 128, 128, 8, 2: 18.0.
-    return IntervalSchedule(IntervalTiles(64, 64, 4, 3), IntervalTiles(128, 64, 8, 3), IntervalTiles(64, 128, 8, 4))
+    # 11.4; 64, 64, 4, 2: 13.1; 128, 128, 8, 2: 18.0. Kernels of `interval_hopper`: 3.99, 4.86 and 7.39.
+    forward, dq, dkv = IntervalTiles(64, 64, 4, 3), IntervalTiles(128, 64, 8, 3), IntervalTiles(64, 128, 8, 4)
+    return IntervalSchedule(*(replace(tiles, specialized=hopper) for tiles in (forward, dq, dkv)))
 
 
 def score_tiles(dim: int, dtype: torch.dtype, capability: int | None = None) -> ScoreTiles:
