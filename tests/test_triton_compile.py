@@ -193,14 +193,14 @@ def launch_all(case: Case, total_tokens: int = 4096, num_sequences: int = 3) -> 
     sizes = cu_seqlens, block_size, dim_k**-0.5
 
     index = ops._index(shape, block_indices, total_keys, cu_seqlens, cu_seqlens_k, block_size, WORKSPACE_MIB)
-    out, lse = launch_selected_fwd_kv_outer(q, k, v, index, *sizes, tiles.kv_outer_forward, cu_seqlens_k)
+    out, lse = launch_selected_fwd_kv_outer(q, k, v, block_indices, index, *sizes, tiles.kv_outer_forward, cu_seqlens_k)
     given = d_out, q, k, v, *launch_shifts(d_out, torch.empty_like(lse), out, lse)
     launch_selected_bwd_kv_outer(*given, index, *sizes, tiles.kv_outer_backward, torch.empty_like(q), cu_seqlens_k)
     if case.without_dq:
         launch_selected_bwd_kv_outer(*given, index, *sizes, tiles.kv_outer_backward, None, cu_seqlens_k)
     if case.others:
         forward, backward = (replace(x, specialized=False) for x in (tiles.kv_outer_forward, tiles.kv_outer_backward))
-        launch_selected_fwd_kv_outer(q, k, v, index, *sizes, forward, cu_seqlens_k)
+        launch_selected_fwd_kv_outer(q, k, v, block_indices, index, *sizes, forward, cu_seqlens_k)
         launch_selected_bwd_kv_outer(*given, index, *sizes, backward, torch.empty_like(q), cu_seqlens_k)
         launch_selected_bwd_kv_outer(*given, index, *sizes, backward, None, cu_seqlens_k)
 

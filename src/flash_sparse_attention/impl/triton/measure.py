@@ -83,8 +83,9 @@ def candidates(shape: SelectedShape) -> Candidates:
     The keys of the KV-outer kernels stay: those of the backward pass decide how both passes cut the work.
     """
     base = built_in_tiles(shape)
+    near = {"dense_near": not base.kv_outer_forward.dense_near}
     return Candidates(
-        _around(base.kv_outer_forward, _kv_outer_changes(base.kv_outer_forward)),
+        _around(base.kv_outer_forward, [near, *_kv_outer_changes(base.kv_outer_forward)]),
         _around(base.kv_outer_backward, _kv_outer_changes(base.kv_outer_backward)),
         _around(base.query_outer, _query_outer_changes(base.query_outer, padded(shape.block_size))),
     )
@@ -258,7 +259,8 @@ class Problem:
 
     def kv_outer_forward(self, tiles: KvOuterTiles) -> tuple[Tensor, ...]:
         """out and lse."""
-        return launch_selected_fwd_kv_outer(self.q, self.k, self.v, self.index, *self.sizes, tiles)
+        given = self.q, self.k, self.v, self.block_indices
+        return launch_selected_fwd_kv_outer(*given, self.index, *self.sizes, tiles)
 
     def kv_outer_backward(self, tiles: KvOuterTiles) -> tuple[Tensor, ...]:
         """Gradients of q, k and v."""
@@ -278,7 +280,8 @@ class Problem:
             given = self.q, self.k, self.v, self.block_indices, place
             launch_selected_fwd_query_outer(*given, *self.sizes, tiles.query_outer)
         else:
-            launch_selected_fwd_kv_outer(self.q, self.k, self.v, self.build(), *self.sizes, tiles.kv_outer_forward)
+            given = self.q, self.k, self.v, self.block_indices, self.build()
+            launch_selected_fwd_kv_outer(*given, *self.sizes, tiles.kv_outer_forward)
 
     def backward(self, loop_order: str, tiles: SelectedTiles) -> None:
         """All that a backward pass launches; the query-outer order builds its index here."""

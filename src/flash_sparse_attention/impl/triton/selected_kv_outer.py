@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .inverted_index import InvertedIndex
 from .merge import launch_merge
+from .merge_near import launch_merge_near
 from .primitives import (
     LN_2,
     LOG2_E,
@@ -42,6 +43,7 @@ def launch_selected_fwd_kv_outer(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    block_indices: Tensor,
     index: InvertedIndex,
     cu_seqlens: Tensor,
     block_size: int,
@@ -49,12 +51,18 @@ def launch_selected_fwd_kv_outer(
     tiles: KvOuterTiles,
     cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out `[N, Hq, Dv]` and lse `[N, Hq]` (natural logarithm, float32). Bounds are as for `build_index`."""
+    """out `[N, Hq, Dv]` and lse `[N, Hq]` (natural logarithm, float32). Bounds are as for `build_index`.
+
+    `block_indices` is what `index` is of.
+    """
     (total_tokens, num_heads, dim_k), (_, num_kv_heads, dim_v) = q.shape, v.shape
     group, chunks = num_heads // num_kv_heads, index.chunks
     out = q.new_empty(total_tokens, num_heads, dim_v)
     lse = q.new_empty(total_tokens, num_heads, dtype=torch.float32)
-    segments = index.segments(tiles.segment_pairs)
+    if tiles.dense_near:
+        segments = index.far_segments(tiles.segment_pairs, cu_seqlens, block_size, cu_seqlens_k)
+    else:
+        segments = index.segments(tiles.segment_pairs)
     q, softmax_scale = positive_scale(q, softmax_scale)
     partial = q.new_empty(chunks.pairs * group, dim_v)
     partial_lse = lse.new_empty(chunks.pairs * group)
@@ -75,7 +83,13 @@ def launch_selected_fwd_kv_outer(
                 q, k, v, partial, partial_lse, *lists, *common, *strides, group, dim_k, dim_v, block_size,
                 tiles.rows, tiles.keys, tiles.stages, **launch_options(tiles),
             )  # fmt: skip
-        launch_merge(partial, partial_lse, index, out, lse, 1.0, first_head, first_token, tokens)
+        if tiles.dense_near:
+            launch_merge_near(
+                q, k, v, block_indices, index, partial, partial_lse, out, lse, cu_seqlens, cu_seqlens_k, block_size,
+                softmax_scale, first_head, first_token, tokens,
+            )  # fmt: skip
+        else:
+            launch_merge(partial, partial_lse, index, out, lse, 1.0, first_head, first_token, tokens)
     return out, lse
 
 

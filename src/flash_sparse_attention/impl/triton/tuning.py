@@ -73,6 +73,7 @@ class KvOuterTiles:
         registers: of a thread at most, or None.
         specialized: by the kernels of `selected_hopper`, on devices that have them: tiles of 64 rows and 64 keys, and
             warps, stages and registers of their own.
+        dense_near: forward, near blocks by the kernel that merges (`merge_near`), without partial results.
     """
 
     rows: int
@@ -82,6 +83,7 @@ class KvOuterTiles:
     stages: int
     registers: int | None = None
     specialized: bool = False
+    dense_near: bool = False
 
 
 @dataclass(frozen=True)
@@ -342,7 +344,7 @@ class TunedEntry:
             QueryOuterTiles(**tiles["query_outer"]),
         )
         _check_tiles(chosen.kv_outer_forward, _can_specialize(shape) and shape.block_size == 64)
-        _check_tiles(chosen.kv_outer_backward, _can_specialize(shape))
+        _check_tiles(chosen.kv_outer_backward, _can_specialize(shape), forward=False)
         _check_tiles(chosen.query_outer)
         ms = {
             str(schedule): {str(name): float(time) for name, time in times.items()}
@@ -401,6 +403,10 @@ def built_in_loop_order(shape: SelectedShape) -> str:
     return "query_outer" if shape.group >= QUERY_OUTER_FROM_GROUP else "kv_outer"
 
 
+# Slots of a selection from which near blocks are computed by the kernel that merges. Not measured yet.
+LEAST_NEAR_SLOTS = 8
+
+
 def built_in_tiles(shape: SelectedShape) -> SelectedTiles:
     """The tiles for a shape that was not tuned."""
     dim = padded(max(shape.dim_k, shape.dim_v))
@@ -431,6 +437,8 @@ def built_in_tiles(shape: SelectedShape) -> SelectedTiles:
         forward = KvOuterTiles(64, 128, max(1, 2048 // group), 4, 2)
     elif block > 128:
         forward = KvOuterTiles(64, 64, max(1, 2048 // group), 4, 1)
+    if shape.block_size in (64, 128) and shape.slots >= LEAST_NEAR_SLOTS:
+        forward = replace(forward, dense_near=True)
     # Backward, main kernel and sum over segments: 10.12 so; rows of a segment 4,096: 10.57, 2,048: 11.55. Main kernel
     # alone: 9.5 to 9.9 so, 1 stage 10.9, 3 stages 15.7, 32 rows 10.8, 8 warps 13.6. At 8,192 tokens, both: 4,096 rows
     # 1.26, 2,048: 1.21, 8,192: 1.57. Kernels of `selected_hopper`, both: 6.6 so, 4,096 rows: 7.0. At 8,192 tokens 4,096
@@ -622,13 +630,19 @@ def _by_length(entries: list[TunedEntry]) -> Iterable[tuple[int, int, TunedEntry
         yield max(start, -(-length // LENGTH_FACTOR)), min(end, length * LENGTH_FACTOR), entry
 
 
-def _check_tiles(tiles: KvOuterTiles | QueryOuterTiles, can_specialize: bool = True) -> None:
+def _check_tiles(
+    tiles: KvOuterTiles | QueryOuterTiles, can_specialize: bool = True, forward: bool = True
+) -> None:
     """Every tile is an integer that a kernel can be built for."""
     for name, size in asdict(tiles).items():
         if name == "specialized":
             fits = can_specialize and isinstance(tiles, KvOuterTiles) and (tiles.rows, tiles.keys) == (64, 64)
             if size is not False and not (size is True and fits):
                 raise bad(name, "true only for what `selected_hopper` has kernels for, false otherwise", size)
+            continue
+        if name == "dense_near":
+            if size is not False and not (size is True and forward):
+                raise bad(name, "true only for the forward pass, false otherwise", size)
             continue
         if name == "registers" and size is None:
             continue

@@ -1,0 +1,319 @@
+"""The merge of partial softmaxes by programs that compute the near ones themselves; see `inverted_index` for *near*.
+
+    rows of a tile         ######                    ######      near blocks of neighbouring tokens: nearly the same, so
+    (token, head)          ######                  ########      tiles of rows attend to them as in `interval`, and each
+                           ######                  ########      row leaves out what it did not select
+                          block 0  .  .  .  . own - 1, own
+                                   `- far -'
+                                 partial results of the main kernel, merged by their lse
+
+Of a selection as NSA makes it the partial results of three slots are neither written nor read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .inverted_index import NEAR_INIT, NEAR_LOCAL, InvertedIndex, is_near
+from .primitives import (
+    LN_2,
+    LOG2_E,
+    bounds_of_keys,
+    exp_shifted,
+    load_rows,
+    padded,
+    padded_dim,
+    past_of,
+    store_rows,
+    tile_of_rows,
+)
+
+# Rows and keys of a tile, warps, stages of the loop over keys, and registers of a thread at most (None: no bound).
+ROWS, KEYS, WARPS, STAGES = 64, 64, 4, 1
+REGISTERS: int | None = 128
+# Loads of 16 bytes that a thread has in flight while partial results are merged: each of another slot of its row.
+LOADS = 16
+# Of the bits of the near blocks that a row selected, those of the first blocks.
+INIT_BITS = tl.constexpr((1 << NEAR_INIT.value) - 1)
+
+
+def launch_merge_near(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    index: InvertedIndex,
+    partial: Tensor,
+    partial_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    block_size: int,
+    scale: float,
+    first_head: int,
+    first_token: int,
+    tokens: int,
+) -> None:
+    """Rows of out and lse of a chunk: near entries by q, k and v, the others by their partial results `[pairs, G, Dv]`.
+
+    Partial results of near entries are not read. `scale` is positive; bounds are as for `build_index`.
+    """
+    (_, num_heads, dim_k), dim_v, chunks = q.shape, v.shape[2], index.chunks
+    group, num_sequences = num_heads // chunks.num_kv_heads, cu_seqlens.numel() - 1
+    rows, keys = _tile(q.dtype, max(dim_k, dim_v), block_size)
+    step_slots, step_rows = _step(out, chunks.slots, rows)
+    # The bucket that is the first of the chunk.
+    first_bucket = (first_token // chunks.tokens * chunks.num_kv_heads + first_head) * chunks.num_blocks
+    # Ids of the tiles that may have rows of the chunk; see `sequence_of`.
+    first_tile = first_token * group // rows
+    tiles = ((first_token + tokens) * group - 1) // rows + num_sequences - first_tile
+    options: dict[str, Any] = {"num_warps": WARPS}
+    if REGISTERS is not None and torch.version.hip is None and q.dtype != torch.float32:
+        options["maxnreg"] = REGISTERS
+    _merge_near_kernel[(tiles, chunks.heads)](
+        q, k, v, block_indices, index.place, index.bucket_ends, partial, partial_lse, cu_seqlens, cu_seqlens_k,
+        out, lse, num_sequences, first_tile, first_bucket, first_token, first_token + tokens, first_head, scale,
+        q.stride(0), k.stride(0), v.stride(0), num_heads, group, chunks.slots, padded(chunks.slots, 1), dim_k, dim_v,
+        block_size, rows, keys, STAGES, step_rows, step_slots, **options,
+    )  # fmt: skip
+
+
+def _tile(dtype: torch.dtype, dim: int, block_size: int) -> tuple[int, int]:
+    """Rows and keys of a tile: what fits in registers and shared memory."""
+    if dtype == torch.float32:
+        edge = 16 if dim > 128 else 32
+        return edge, min(edge, padded(block_size))
+    return ROWS, min(KEYS if dim <= 128 else 32, padded(block_size))
+
+
+def _step(out: Tensor, slots: int, rows: int) -> tuple[int, int]:
+    """Slots and rows that are merged at once: all threads side by side along the rows, so that no slots are theirs."""
+    at_once = 32 * WARPS * 16 // out.element_size()
+    return min(padded(slots, 1), LOADS), min(rows, max(1, at_once // padded(out.shape[2])))
+
+
+@triton.jit
+def _entries(
+    block_indices_ptr, place_ptr, start, past, head, slot, row, row_begin, row_end,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Place (-1 where not valid), block and nearness of the entries of rows; shapes of `slot` and `row` broadcast."""
+    token = row // GROUP
+    mask = (row >= row_begin) & (row < row_end) & (slot < SLOTS)
+    at = ((start + token).to(tl.int64) * (NUM_HEADS // GROUP) + head) * SLOTS + slot
+    place = tl.load(place_ptr + at, mask=mask, other=-1)
+    block = tl.load(block_indices_ptr + at, mask=mask, other=0)
+    return place, block, is_near(block, (past + token) // BLOCK_SIZE)
+
+
+@triton.jit
+def _near_blocks(place, block, near, own):
+    """Which near blocks each row selected, a bit each: the first ones, then its own and those before that."""
+    number = tl.where(block < NEAR_INIT, block, NEAR_INIT + own[:, None] - block)
+    near = near & (place >= 0)
+    return tl.sum(tl.where(near, 1 << tl.where(near, number, 0), 0), 1)
+
+
+@triton.jit
+def _finite(largest):
+    """A maximum to subtract: any finite one serves a row that has nothing, whose maximum is -inf."""
+    return tl.where(largest == -float("inf"), 0.0, largest)
+
+
+@triton.jit
+def _lse(lse_a, lse_b):
+    """log(exp(lse_a) + exp(lse_b))"""
+    largest = _finite(tl.maximum(lse_a, lse_b))
+    return largest + tl.log2(tl.exp2((lse_a - largest) * LOG2_E) + tl.exp2((lse_b - largest) * LOG2_E)) * LN_2
+
+
+@triton.jit
+def _attend_near(
+    q, k_ptr, v_ptr, selected, position, first_position, last_position, scale,
+    STRIDE_K: tl.constexpr, STRIDE_V: tl.constexpr, DIM_K: tl.constexpr, DIM_V: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """The softmax of each row over the near blocks that it selected: the output, normalised, and its lse."""
+    EXACT: tl.constexpr = q.dtype == tl.float32
+    PARTS: tl.constexpr = (BLOCK_SIZE + KEYS - 1) // KEYS
+    # Tiles of keys: those of the first blocks, if a row selected one, then those of the newest blocks of all rows.
+    INIT: tl.constexpr = NEAR_INIT * PARTS
+    first_local = tl.maximum(first_position // BLOCK_SIZE - (NEAR_LOCAL - 1), NEAR_INIT)
+    local_parts = tl.maximum(last_position // BLOCK_SIZE + 1 - first_local, 0) * PARTS
+    begin = tl.where(tl.max(selected & INIT_BITS, 0) > 0, 0, INIT)
+    end = INIT + tl.where(tl.max(selected >> NEAR_INIT, 0) > 0, local_parts, 0)
+    largest = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([ROWS, padded_dim(DIM_V)], tl.float32)
+    for part in tl.range(begin, end, num_stages=STAGES):
+        block = part // PARTS
+        if NEAR_INIT > 0:
+            block = tl.where(part < INIT, block, first_local + block - NEAR_INIT)
+        key = block * BLOCK_SIZE + part % PARTS * KEYS + tl.arange(0, KEYS)
+        there = key <= last_position
+        k = load_rows(k_ptr, key.to(tl.int64) * STRIDE_K, there, DIM_K, padded_dim(DIM_K))  # [KEYS, DK]
+        v = load_rows(v_ptr, key.to(tl.int64) * STRIDE_V, there, DIM_V, padded_dim(DIM_V))  # [KEYS, DV]
+        # Rows see no key of a block that is not theirs; nor of one in the future, whatever its number is here.
+        number = tl.where(part < INIT, block, NEAR_INIT + position // BLOCK_SIZE - block)
+        chosen = (selected >> tl.minimum(tl.maximum(number, 0), NEAR_INIT + NEAR_LOCAL)) & 1
+        last_key = tl.where(chosen != 0, tl.minimum(position, block * BLOCK_SIZE + (BLOCK_SIZE - 1)), -1)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+        scores = tl.where(key[None, :] <= last_key[:, None], scores, -float("inf"))
+        larger = tl.maximum(largest, tl.max(scores, 1) * scale)
+        finite = _finite(larger)
+        p = exp_shifted(scores, scale, finite, EXACT)
+        shrink = tl.exp2((largest - finite) * LOG2_E)
+        total = total * shrink + tl.sum(p, 1)
+        out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+        largest = larger
+    total = tl.where(total == 0.0, 1.0, total)
+    return out, 1.0 / total, largest + tl.log2(total) * LN_2
+
+
+@triton.jit
+def _add_far(
+    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, block_indices_ptr, place_ptr, start, past, head,
+    first_pair, first_row, row_begin, row_end,
+    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    STEP_ROWS: tl.constexpr, STEP_SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Adds the far partial results of a tile of rows to `out`, weighted by their lse and that of all, `lse`."""
+    PADDED: tl.constexpr = padded_dim(DIM)
+    slot = tl.arange(0, STEP_SLOTS)[:, None]
+    step = tl.arange(0, STEP_ROWS)
+    offs = tl.arange(0, PADDED)
+    given = block_indices_ptr, place_ptr, start, past, head
+    place_next, _, near_next = _entries(
+        *given, slot, (first_row + step)[None, :], row_begin, row_end, NUM_HEADS, GROUP, SLOTS, BLOCK_SIZE
+    )
+    for first in tl.range(first_row, row_end, STEP_ROWS, num_stages=1):
+        row = first + step
+        mask = (row >= row_begin) & (row < row_end)
+        at_out = (start + row // GROUP).to(tl.int64) * NUM_HEADS + head * GROUP + row % GROUP
+        normaliser = _finite(tl.load(lse_ptr + at_out, mask=mask, other=0.0))
+        # Loaded one step ahead, as partial results cannot be asked for before their places are there.
+        place, near = place_next, near_next
+        place_next, _, near_next = _entries(
+            *given, slot, (row + STEP_ROWS)[None, :], row_begin, row_end, NUM_HEADS, GROUP, SLOTS, BLOCK_SIZE
+        )
+        out = load_rows(out_ptr, at_out * DIM, mask, DIM, PADDED).to(tl.float32)  # [STEP_ROWS, DV]
+        for first_slot in tl.static_range(0, SLOTS, STEP_SLOTS):
+            if first_slot > 0:
+                place, _, near = _entries(
+                    *given, first_slot + slot, row[None, :], row_begin, row_end, NUM_HEADS, GROUP, SLOTS, BLOCK_SIZE
+                )
+            there = (place >= 0) & (near == 0)
+            at = (place - first_pair).to(tl.int64) * GROUP + (row % GROUP)[None, :]
+            mask_tile = there[:, :, None]
+            if PADDED != DIM:
+                mask_tile = mask_tile & (offs < DIM)[None, None, :]
+            # [STEP_SLOTS, STEP_ROWS, DV]: a thread has all slots of its elements.
+            tile = tl.load(partial_ptr + (at * DIM)[:, :, None] + offs[None, None, :], mask=mask_tile, other=0.0)
+            partial_lse = tl.load(partial_lse_ptr + at, mask=there, other=-float("inf"))
+            weight = tl.exp2((partial_lse - normaliser[None, :]) * LOG2_E)
+            out += tl.sum(tile.to(tl.float32) * weight[:, :, None], 0)
+        store_rows(out_ptr, at_out * DIM, mask, out, DIM, PADDED)
+
+
+@triton.jit(
+    do_not_specialize=["num_sequences", "first_tile", "first_bucket", "first_token", "tokens_end", "first_head"]
+)  # fmt: skip
+def _merge_near_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    block_indices_ptr,
+    place_ptr,
+    bucket_end_ptr,
+    partial_ptr,
+    partial_lse_ptr,
+    cu_seqlens_ptr,
+    cu_seqlens_k_ptr,
+    out_ptr,
+    lse_ptr,
+    num_sequences,
+    first_tile,
+    first_bucket,
+    first_token,
+    tokens_end,
+    first_head,
+    scale,
+    STRIDE_Q: tl.constexpr,
+    STRIDE_K: tl.constexpr,
+    STRIDE_V: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SLOTS_PADDED: tl.constexpr,
+    DIM_K: tl.constexpr,
+    DIM_V: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    STAGES: tl.constexpr,
+    STEP_ROWS: tl.constexpr,
+    STEP_SLOTS: tl.constexpr,
+):
+    """Attention of a tile of rows to the blocks that they selected: near ones here, the others by partial results.
+
+    Grid: (tile of rows of the pack that may have some of the chunk, kv head of the chunk).
+    Owns: out and lse of its rows in the chunk, by plain stores.
+    Invariant: after n steps of `_attend_near`, its sums are the softmax over the first n tiles of near keys; after n
+        steps of `_add_far`, the rows of the first n are merged.
+    """
+    head = first_head + tl.program_id(1)
+    sequence, start, length, first_row = tile_of_rows(
+        first_tile + tl.program_id(0), cu_seqlens_ptr, num_sequences, GROUP, ROWS
+    )
+    # A chunk may begin and end within a sequence, and within a tile.
+    row_begin = tl.maximum(first_row, (first_token - start) * GROUP)
+    row_end = tl.minimum(first_row + ROWS, tl.minimum(length, tokens_end - start) * GROUP)
+    if row_begin >= row_end:
+        return
+    past = past_of(sequence, start, cu_seqlens_ptr, cu_seqlens_k_ptr)
+    first_pair = tl.load(bucket_end_ptr + first_bucket - 1, mask=first_bucket > 0, other=0)
+    row = first_row + tl.arange(0, ROWS)
+    mask = (row >= row_begin) & (row < row_end)
+    token = (start + row // GROUP).to(tl.int64)
+    q_head = head * GROUP + row % GROUP
+    position = past + row // GROUP
+    q = load_rows(q_ptr, token * STRIDE_Q + q_head * DIM_K, mask, DIM_K, padded_dim(DIM_K))  # [ROWS, DK]
+
+    slot = tl.arange(0, SLOTS_PADDED)[None, :]
+    place, block, near = _entries(
+        block_indices_ptr, place_ptr, start, past, head, slot, row[:, None], row_begin, row_end,
+        NUM_HEADS, GROUP, SLOTS, BLOCK_SIZE,
+    )  # fmt: skip
+    at = (place - first_pair).to(tl.int64) * GROUP + (row % GROUP)[:, None]
+    far = (place >= 0) & (near == 0)
+    partial_lse = tl.load(partial_lse_ptr + at, mask=far, other=-float("inf"))  # [ROWS, SLOTS]
+    largest = _finite(tl.max(partial_lse, 1))
+    far_lse = largest + tl.log2(tl.sum(tl.exp2((partial_lse - largest[:, None]) * LOG2_E), 1)) * LN_2
+
+    key_start = tl.load(bounds_of_keys(cu_seqlens_ptr, cu_seqlens_k_ptr) + sequence).to(tl.int64)
+    k_ptr += key_start * STRIDE_K + head * DIM_K
+    v_ptr += key_start * STRIDE_V + head * DIM_V
+    out, factor, near_lse = _attend_near(
+        q, k_ptr, v_ptr, _near_blocks(place, block, near, position // BLOCK_SIZE), position,
+        past + row_begin // GROUP, past + (row_end - 1) // GROUP, scale,
+        STRIDE_K, STRIDE_V, DIM_K, DIM_V, BLOCK_SIZE, ROWS, KEYS, STAGES,
+    )  # fmt: skip
+    lse = _lse(near_lse, far_lse)
+    factor *= tl.exp2((near_lse - _finite(lse)) * LOG2_E)
+    at_out = token * NUM_HEADS + q_head
+    store_rows(out_ptr, at_out * DIM_V, mask, out * factor[:, None], DIM_V, padded_dim(DIM_V))
+    tl.store(lse_ptr + at_out, lse, mask=mask)
+    # Rows go through memory, where other threads of this program read them: matrix units want other layouts of a tile
+    # than loads of 16 bytes.
+    tl.debug_barrier()
+    _add_far(
+        partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, block_indices_ptr, place_ptr, start, past, head,
+        first_pair, first_row, row_begin, row_end,
+        NUM_HEADS, GROUP, SLOTS, DIM_V, BLOCK_SIZE, STEP_ROWS, STEP_SLOTS,
+    )  # fmt: skip
