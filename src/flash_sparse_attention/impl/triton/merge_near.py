@@ -99,24 +99,37 @@ def _step(out: Tensor, slots: int, rows: int) -> tuple[int, int]:
 
 
 @triton.jit
-def _entries(
-    block_indices_ptr, place_ptr, start, past, head, slot, row, row_begin, row_end,
-    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-):  # fmt: skip
-    """Place (-1 where not valid), block and nearness of the entries of rows; shapes of `slot` and `row` broadcast."""
-    token = row // GROUP
-    mask = (row >= row_begin) & (row < row_end) & (slot < SLOTS)
-    at = ((start + token).to(tl.int64) * (NUM_HEADS // GROUP) + head) * SLOTS + slot
-    place = tl.load(place_ptr + at, mask=mask, other=-1)
-    block = tl.load(block_indices_ptr + at, mask=mask, other=0)
-    return place, block, is_near(block, (past + token) // BLOCK_SIZE)
+def _rows_of_tile(first_row, first, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """Token, counted from that of the tile's first row, and head of the group, of ROWS rows from the row `first` on."""
+    lane = tl.arange(0, ROWS)
+    if ROWS % GROUP == 0:
+        # The same, as both are multiples of ROWS, but known when the kernel is compiled.
+        return first // GROUP + lane // GROUP, lane % GROUP
+    row = first_row % GROUP + first + lane
+    return row // GROUP, row % GROUP
 
 
 @triton.jit
-def _near_blocks(place, block, near, own):
+def _entries(
+    block_indices_ptr, place_ptr, first_position, token, slot, mask,
+    HEADS: tl.constexpr, SLOTS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Of the entries of rows their blocks, which are near, and the place of those that are far, -1 of the others.
+
+    Entries that are not valid are neither. Shapes of `token`, `slot` and `mask` broadcast.
+    """
+    at = token * (HEADS * SLOTS) + slot
+    mask = mask & (slot < SLOTS)
+    place = tl.load(place_ptr + at, mask=mask, other=-1)
+    block = tl.load(block_indices_ptr + at, mask=mask, other=0)
+    near = is_near(block, (first_position + token) // BLOCK_SIZE)
+    return block, near & (place >= 0), tl.where(near, -1, place)
+
+
+@triton.jit
+def _near_blocks(block, near, own):
     """Which near blocks each row selected, a bit each: the first ones, then its own and those before that."""
     number = tl.where(block < NEAR_INIT, block, NEAR_INIT + own[:, None] - block)
-    near = near & (place >= 0)
     return tl.sum(tl.where(near, 1 << tl.where(near, number, 0), 0), 1)
 
 
@@ -135,17 +148,20 @@ def _lse(lse_a, lse_b):
 
 @triton.jit
 def _attend_near(
-    q, k_ptr, v_ptr, selected, position, first_position, last_position, scale,
+    q, k_ptr, v_ptr, selected, position, oldest, newest, scale,
     STRIDE_K: tl.constexpr, STRIDE_V: tl.constexpr, DIM_K: tl.constexpr, DIM_V: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """The softmax of each row over the near blocks that it selected: the output, normalised, and its lse."""
+    """The softmax of each row over the near blocks that it selected: outputs, their factor, and lse.
+
+    `position` is that of a row in its sequence, `oldest` and `newest` the bounds of all, `selected` of `_near_blocks`.
+    """
     EXACT: tl.constexpr = q.dtype == tl.float32
     PARTS: tl.constexpr = (BLOCK_SIZE + KEYS - 1) // KEYS
     # Tiles of keys: those of the first blocks, if a row selected one, then those of the newest blocks of all rows.
     INIT: tl.constexpr = NEAR_INIT * PARTS
-    first_local = tl.maximum(first_position // BLOCK_SIZE - (NEAR_LOCAL - 1), NEAR_INIT)
-    local_parts = tl.maximum(last_position // BLOCK_SIZE + 1 - first_local, 0) * PARTS
+    first_local = tl.maximum(oldest // BLOCK_SIZE - (NEAR_LOCAL - 1), NEAR_INIT)
+    local_parts = tl.maximum(newest // BLOCK_SIZE + 1 - first_local, 0) * PARTS
     begin = tl.where(tl.max(selected & INIT_BITS, 0) > 0, 0, INIT)
     end = INIT + tl.where(tl.max(selected >> NEAR_INIT, 0) > 0, local_parts, 0)
     largest = tl.full([ROWS], -float("inf"), tl.float32)
@@ -155,10 +171,13 @@ def _attend_near(
         block = part // PARTS
         if NEAR_INIT > 0:
             block = tl.where(part < INIT, block, first_local + block - NEAR_INIT)
-        key = block * BLOCK_SIZE + part % PARTS * KEYS + tl.arange(0, KEYS)
-        there = key <= last_position
-        k = load_rows(k_ptr, key.to(tl.int64) * STRIDE_K, there, DIM_K, padded_dim(DIM_K))  # [KEYS, DK]
-        v = load_rows(v_ptr, key.to(tl.int64) * STRIDE_V, there, DIM_V, padded_dim(DIM_V))  # [KEYS, DV]
+        first_key = block * BLOCK_SIZE + part % PARTS * KEYS
+        lane = tl.arange(0, KEYS)
+        key = first_key + lane
+        there = key <= newest
+        first_key = first_key.to(tl.int64)
+        k = load_rows(k_ptr + first_key * STRIDE_K, lane * STRIDE_K, there, DIM_K, padded_dim(DIM_K))  # [KEYS, DK]
+        v = load_rows(v_ptr + first_key * STRIDE_V, lane * STRIDE_V, there, DIM_V, padded_dim(DIM_V))  # [KEYS, DV]
         # Rows see no key of a block that is not theirs; nor of one in the future, whatever its number is here.
         number = tl.where(part < INIT, block, NEAR_INIT + position // BLOCK_SIZE - block)
         chosen = (selected >> tl.minimum(tl.maximum(number, 0), NEAR_INIT + NEAR_LOCAL)) & 1
@@ -178,38 +197,38 @@ def _attend_near(
 
 @triton.jit
 def _add_far(
-    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, block_indices_ptr, place_ptr, start, past, head,
-    first_pair, first_row, row_begin, row_end,
+    partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, block_indices_ptr, place_ptr,
+    first_position, first_pair, first_row, lane_begin, lane_end,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, SLOTS: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     STEP_ROWS: tl.constexpr, STEP_SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Adds the far partial results of a tile of rows to `out`, weighted by their lse and that of all, `lse`."""
+    HEADS: tl.constexpr = NUM_HEADS // GROUP
     PADDED: tl.constexpr = padded_dim(DIM)
     slot = tl.arange(0, STEP_SLOTS)[:, None]
     step = tl.arange(0, STEP_ROWS)
     offs = tl.arange(0, PADDED)
-    given = block_indices_ptr, place_ptr, start, past, head
-    place_next, _, near_next = _entries(
-        *given, slot, (first_row + step)[None, :], row_begin, row_end, NUM_HEADS, GROUP, SLOTS, BLOCK_SIZE
-    )
-    for first in tl.range(first_row, row_end, STEP_ROWS, num_stages=1):
-        row = first + step
-        mask = (row >= row_begin) & (row < row_end)
-        at_out = (start + row // GROUP).to(tl.int64) * NUM_HEADS + head * GROUP + row % GROUP
-        normaliser = _finite(tl.load(lse_ptr + at_out, mask=mask, other=0.0))
+    given = block_indices_ptr, place_ptr, first_position
+    token_next, g_next = _rows_of_tile(first_row, 0, GROUP, STEP_ROWS)
+    mask_next = (step >= lane_begin) & (step < lane_end)
+    _, _, far_next = _entries(*given, token_next[None, :], slot, mask_next[None, :], HEADS, SLOTS, BLOCK_SIZE)
+    for first in tl.range(0, lane_end, STEP_ROWS, num_stages=1):
         # Loaded one step ahead, as partial results cannot be asked for before their places are there.
-        place, near = place_next, near_next
-        place_next, _, near_next = _entries(
-            *given, slot, (row + STEP_ROWS)[None, :], row_begin, row_end, NUM_HEADS, GROUP, SLOTS, BLOCK_SIZE
-        )
+        token, g, mask, far = token_next, g_next, mask_next, far_next
+        token_next, g_next = _rows_of_tile(first_row, first + STEP_ROWS, GROUP, STEP_ROWS)
+        lane_next = first + STEP_ROWS + step
+        mask_next = (lane_next >= lane_begin) & (lane_next < lane_end)
+        _, _, far_next = _entries(*given, token_next[None, :], slot, mask_next[None, :], HEADS, SLOTS, BLOCK_SIZE)
+        at_out = token * NUM_HEADS + g
+        normaliser = _finite(tl.load(lse_ptr + at_out, mask=mask, other=0.0))
         out = load_rows(out_ptr, at_out * DIM, mask, DIM, PADDED).to(tl.float32)  # [STEP_ROWS, DV]
         for first_slot in tl.static_range(0, SLOTS, STEP_SLOTS):
             if first_slot > 0:
-                place, _, near = _entries(
-                    *given, first_slot + slot, row[None, :], row_begin, row_end, NUM_HEADS, GROUP, SLOTS, BLOCK_SIZE
+                _, _, far = _entries(
+                    *given, token[None, :], first_slot + slot, mask[None, :], HEADS, SLOTS, BLOCK_SIZE
                 )
-            there = (place >= 0) & (near == 0)
-            at = (place - first_pair).to(tl.int64) * GROUP + (row % GROUP)[None, :]
+            there = far >= 0
+            at = (far - first_pair).to(tl.int64) * GROUP + g[None, :]
             mask_tile = there[:, :, None]
             if PADDED != DIM:
                 mask_tile = mask_tile & (offs < DIM)[None, None, :]
@@ -267,6 +286,7 @@ def _merge_near_kernel(
     Invariant: after n steps of `_attend_near`, its sums are the softmax over the first n tiles of near keys; after n
         steps of `_add_far`, the rows of the first n are merged.
     """
+    HEADS: tl.constexpr = NUM_HEADS // GROUP
     head = first_head + tl.program_id(1)
     sequence, start, length, first_row = tile_of_rows(
         first_tile + tl.program_id(0), cu_seqlens_ptr, num_sequences, GROUP, ROWS
@@ -276,44 +296,50 @@ def _merge_near_kernel(
     row_end = tl.minimum(first_row + ROWS, tl.minimum(length, tokens_end - start) * GROUP)
     if row_begin >= row_end:
         return
+    lane_begin, lane_end = row_begin - first_row, row_end - first_row
+    # All pointers are to the first row's token, so that the offsets of the others are small.
+    first_token_of_tile = (start + first_row // GROUP).to(tl.int64)
     past = past_of(sequence, start, cu_seqlens_ptr, cu_seqlens_k_ptr)
-    first_pair = tl.load(bucket_end_ptr + first_bucket - 1, mask=first_bucket > 0, other=0)
-    row = first_row + tl.arange(0, ROWS)
-    mask = (row >= row_begin) & (row < row_end)
-    token = (start + row // GROUP).to(tl.int64)
-    q_head = head * GROUP + row % GROUP
-    position = past + row // GROUP
-    q = load_rows(q_ptr, token * STRIDE_Q + q_head * DIM_K, mask, DIM_K, padded_dim(DIM_K))  # [ROWS, DK]
-
-    slot = tl.arange(0, SLOTS_PADDED)[None, :]
-    place, block, near = _entries(
-        block_indices_ptr, place_ptr, start, past, head, slot, row[:, None], row_begin, row_end,
-        NUM_HEADS, GROUP, SLOTS, BLOCK_SIZE,
-    )  # fmt: skip
-    at = (place - first_pair).to(tl.int64) * GROUP + (row % GROUP)[:, None]
-    far = (place >= 0) & (near == 0)
-    partial_lse = tl.load(partial_lse_ptr + at, mask=far, other=-float("inf"))  # [ROWS, SLOTS]
-    largest = _finite(tl.max(partial_lse, 1))
-    far_lse = largest + tl.log2(tl.sum(tl.exp2((partial_lse - largest[:, None]) * LOG2_E), 1)) * LN_2
-
+    first_position = past + first_row // GROUP
+    first_head_of_group = first_token_of_tile * NUM_HEADS + head * GROUP
+    out_ptr += first_head_of_group * DIM_V
+    lse_ptr += first_head_of_group
+    q_ptr += first_token_of_tile * STRIDE_Q + head * (GROUP * DIM_K)
+    block_indices_ptr += (first_token_of_tile * HEADS + head) * SLOTS
+    place_ptr += (first_token_of_tile * HEADS + head) * SLOTS
     key_start = tl.load(bounds_of_keys(cu_seqlens_ptr, cu_seqlens_k_ptr) + sequence).to(tl.int64)
     k_ptr += key_start * STRIDE_K + head * DIM_K
     v_ptr += key_start * STRIDE_V + head * DIM_V
+    first_pair = tl.load(bucket_end_ptr + first_bucket - 1, mask=first_bucket > 0, other=0)
+
+    token, g = _rows_of_tile(first_row, 0, GROUP, ROWS)
+    lane = tl.arange(0, ROWS)
+    mask = (lane >= lane_begin) & (lane < lane_end)
+    position = first_position + token
+    q = load_rows(q_ptr, token * STRIDE_Q + g * DIM_K, mask, DIM_K, padded_dim(DIM_K))  # [ROWS, DK]
+    slot = tl.arange(0, SLOTS_PADDED)[None, :]
+    block, near, far = _entries(
+        block_indices_ptr, place_ptr, first_position, token[:, None], slot, mask[:, None], HEADS, SLOTS, BLOCK_SIZE
+    )
+    at = (far - first_pair).to(tl.int64) * GROUP + g[:, None]
+    partial_lse = tl.load(partial_lse_ptr + at, mask=far >= 0, other=-float("inf"))  # [ROWS, SLOTS]
+    largest = _finite(tl.max(partial_lse, 1))
+    far_lse = largest + tl.log2(tl.sum(tl.exp2((partial_lse - largest[:, None]) * LOG2_E), 1)) * LN_2
     out, factor, near_lse = _attend_near(
-        q, k_ptr, v_ptr, _near_blocks(place, block, near, position // BLOCK_SIZE), position,
+        q, k_ptr, v_ptr, _near_blocks(block, near, position // BLOCK_SIZE), position,
         past + row_begin // GROUP, past + (row_end - 1) // GROUP, scale,
         STRIDE_K, STRIDE_V, DIM_K, DIM_V, BLOCK_SIZE, ROWS, KEYS, STAGES,
     )  # fmt: skip
     lse = _lse(near_lse, far_lse)
     factor *= tl.exp2((near_lse - _finite(lse)) * LOG2_E)
-    at_out = token * NUM_HEADS + q_head
+    at_out = token * NUM_HEADS + g
     store_rows(out_ptr, at_out * DIM_V, mask, out * factor[:, None], DIM_V, padded_dim(DIM_V))
     tl.store(lse_ptr + at_out, lse, mask=mask)
     # Rows go through memory, where other threads of this program read them: matrix units want other layouts of a tile
     # than loads of 16 bytes.
     tl.debug_barrier()
     _add_far(
-        partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, block_indices_ptr, place_ptr, start, past, head,
-        first_pair, first_row, row_begin, row_end,
+        partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, block_indices_ptr, place_ptr,
+        first_position, first_pair, first_row, lane_begin, lane_end,
         NUM_HEADS, GROUP, SLOTS, DIM_V, BLOCK_SIZE, STEP_ROWS, STEP_SLOTS,
     )  # fmt: skip
