@@ -92,6 +92,11 @@ class Case:
         return backward and self.block_size == 64, backward
 
     @property
+    def dense_near(self) -> bool:
+        """Whether near blocks are computed by the kernel that merges."""
+        return self.dtype != torch.float32 and max(self.dims) <= 128 and self.block_size in (64, 128)
+
+    @property
     def branches(self) -> bool:
         """Whether all of the whole attention is compiled.
 
@@ -135,6 +140,7 @@ HOPPER = {
     BACKWARD: "_selected_bwd_hopper_kernel WITH_DQ",
     BACKWARD_WITHOUT_DQ: "_selected_bwd_hopper_kernel",
 }
+NEAR = "_merge_near_kernel"
 # Kernels of tiles that lie side by side.
 DENSE = ("_interval_fwd_kernel", "_interval_dq_kernel", "_interval_dkv_kernel", "_block_scores_kernel")
 SPILL_BYTES = {
@@ -151,6 +157,8 @@ SPILL_BYTES = {
     "_interval_dkv_kernel ADD": {90: 8},
     "_block_scores_kernel": {80: 190, 90: 8, 100: 350},
     "_gated_shifts_kernel": {80: 8},
+    # None of it in a loop.
+    NEAR: {80: 101, 90: 30},
 }
 SPILL_BYTES_OF_CASE = {
     Case(90, block_size=256): {FORWARD: 184},
@@ -199,7 +207,9 @@ def launch_all(case: Case, total_tokens: int = 4096, num_sequences: int = 3) -> 
     if case.without_dq:
         launch_selected_bwd_kv_outer(*given, index, *sizes, tiles.kv_outer_backward, None, cu_seqlens_k)
     if case.others:
-        forward, backward = (replace(x, specialized=False) for x in (tiles.kv_outer_forward, tiles.kv_outer_backward))
+        forward, backward = (
+            replace(x, specialized=False, dense_near=False) for x in (tiles.kv_outer_forward, tiles.kv_outer_backward)
+        )
         launch_selected_fwd_kv_outer(q, k, v, block_indices, index, *sizes, forward, cu_seqlens_k)
         launch_selected_bwd_kv_outer(*given, index, *sizes, backward, torch.empty_like(q), cu_seqlens_k)
         launch_selected_bwd_kv_outer(*given, index, *sizes, backward, None, cu_seqlens_k)
@@ -294,12 +304,14 @@ def test_compiles_and_fits(compiler: Compiler, case: Case):
     names, expected = {kernel.name for kernel in compiled}, kernel_names()
     for name, specialized in zip((FORWARD, BACKWARD_WITHOUT_DQ), case.specialized, strict=True):
         expected -= {name} if specialized and not case.others else set() if specialized else {HOPPER[name]}
+    expected -= set() if case.dense_near else {NEAR}
     assert names == expected if case.branches else names < expected
     assert not [problem for kernel in compiled for problem in too_much(case, kernel)]
     if case.dtype != torch.float32 and max(case.dims) <= 128:
         forward, backward = case.specialized
         wanted = SELECTED if case.without_dq else (FORWARD, BACKWARD)
         selected = {HOPPER[name] if (forward if name == FORWARD else backward) else name for name in wanted}
+        selected |= {NEAR} if case.dense_near else set()
         main = [kernel for kernel in compiled if kernel.variant in selected or kernel.name in DENSE]
         assert {*selected, *(DENSE if case.branches else ())} <= {x for k in main for x in (k.variant, k.name)}
         assert not [kernel.variant for kernel in main if MATRIX_UNITS[case.arch] not in kernel.ptx]

@@ -280,8 +280,8 @@ class Problem:
             given = self.q, self.k, self.v, self.block_indices, place
             launch_selected_fwd_query_outer(*given, *self.sizes, tiles.query_outer)
         else:
-            given = self.q, self.k, self.v, self.block_indices, self.build()
-            launch_selected_fwd_kv_outer(*given, *self.sizes, tiles.kv_outer_forward)
+            forward = self.q, self.k, self.v, self.block_indices, self.build()
+            launch_selected_fwd_kv_outer(*forward, *self.sizes, tiles.kv_outer_forward)
 
     def backward(self, loop_order: str, tiles: SelectedTiles) -> None:
         """All that a backward pass launches; the query-outer order builds its index here."""

@@ -35,7 +35,7 @@ from .primitives import (
 
 # Rows and keys of a tile, warps, stages of the loop over keys, and registers of a thread at most (None: no bound).
 ROWS, KEYS, WARPS, STAGES = 64, 64, 4, 1
-REGISTERS: int | None = 128
+REGISTERS: int | None = 168
 # Loads of 16 bytes that a thread has in flight while partial results are merged: each of another slot of its row.
 LOADS = 16
 # Of the bits of the near blocks that a row selected, those of the first blocks.
@@ -85,11 +85,11 @@ def launch_merge_near(
 
 
 def _tile(dtype: torch.dtype, dim: int, block_size: int) -> tuple[int, int]:
-    """Rows and keys of a tile: what fits in registers and shared memory."""
+    """Rows and keys of a tile: what fits in registers."""
+    rows, keys = (ROWS, KEYS) if dim <= 128 else (32, 32)
     if dtype == torch.float32:
-        edge = 16 if dim > 128 else 32
-        return edge, min(edge, padded(block_size))
-    return ROWS, min(KEYS if dim <= 128 else 32, padded(block_size))
+        rows, keys = 32 if dim <= 128 else 16, 16
+    return rows, min(keys, padded(block_size))
 
 
 def _step(out: Tensor, slots: int, rows: int) -> tuple[int, int]:
@@ -224,9 +224,7 @@ def _add_far(
         out = load_rows(out_ptr, at_out * DIM, mask, DIM, PADDED).to(tl.float32)  # [STEP_ROWS, DV]
         for first_slot in tl.static_range(0, SLOTS, STEP_SLOTS):
             if first_slot > 0:
-                _, _, far = _entries(
-                    *given, token[None, :], first_slot + slot, mask[None, :], HEADS, SLOTS, BLOCK_SIZE
-                )
+                _, _, far = _entries(*given, token[None, :], first_slot + slot, mask[None, :], HEADS, SLOTS, BLOCK_SIZE)
             there = far >= 0
             at = (far - first_pair).to(tl.int64) * GROUP + g[None, :]
             mask_tile = there[:, :, None]

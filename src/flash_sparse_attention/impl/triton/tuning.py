@@ -630,9 +630,7 @@ def _by_length(entries: list[TunedEntry]) -> Iterable[tuple[int, int, TunedEntry
         yield max(start, -(-length // LENGTH_FACTOR)), min(end, length * LENGTH_FACTOR), entry
 
 
-def _check_tiles(
-    tiles: KvOuterTiles | QueryOuterTiles, can_specialize: bool = True, forward: bool = True
-) -> None:
+def _check_tiles(tiles: KvOuterTiles | QueryOuterTiles, can_specialize: bool = True, forward: bool = True) -> None:
     """Every tile is an integer that a kernel can be built for."""
     for name, size in asdict(tiles).items():
         if name == "specialized":
