@@ -130,12 +130,15 @@ def test_chunks_that_cut_heads_sequences_and_tiles(workspace: int, monkeypatch: 
     from flash_sparse_attention.impl.triton import inverted_index
 
     monkeypatch.setattr(inverted_index, "MIN_CHUNK_TOKENS", 1)
-    case = Case((50, 3, 25), 4, kv_heads=2, slots=4, dtype=torch.float16, past=(5, 0, 20))
+    if workspace == 40:
+        # So that a row that a chunk before its own writes stays wrong.
+        forwards = inverted_index.Chunks.__iter__
+        monkeypatch.setattr(inverted_index.Chunks, "__iter__", lambda chunks: reversed(list(forwards(chunks))))
+    case = Case((21, 60), 4, kv_heads=2, slots=4, dtype=torch.float16, past=(5, 50))
     assert_right(case, *case.draw(), workspace)
 
 
-@pytest.mark.parametrize("scale", [-0.3, 0.0])
-def test_any_softmax_scale_and_the_gradients(scale: float, monkeypatch: pytest.MonkeyPatch):
+def test_a_negative_softmax_scale_and_the_gradients(monkeypatch: pytest.MonkeyPatch):
     from flash_sparse_attention.impl.triton import tuning
     from flash_sparse_attention.impl.triton.ops import selected as ops
 
@@ -150,7 +153,7 @@ def test_any_softmax_scale_and_the_gradients(scale: float, monkeypatch: pytest.M
     results = []
     for impl, loop_order in (("triton", "kv_outer"), ("reference", "auto")):
         options = {"block_size": 16, "cu_seqlens": case.layout.cu_seqlens, "impl": impl, "loop_order": loop_order}
-        out, lse = selected_attention(*given, indices, softmax_scale=scale, **options)  # type: ignore[arg-type]
+        out, lse = selected_attention(*given, indices, softmax_scale=-0.3, **options)  # type: ignore[arg-type]
         loss = (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum()
         loss = loss + lse.masked_fill(lse == -math.inf, 0.0).sin().sum()
         results.append([out.detach(), lse.detach(), *torch.autograd.grad(loss, given)])
