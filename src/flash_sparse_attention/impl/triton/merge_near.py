@@ -93,20 +93,21 @@ def _tile(dtype: torch.dtype, dim: int, block_size: int) -> tuple[int, int]:
 
 
 def _step(out: Tensor, slots: int, rows: int) -> tuple[int, int]:
-    """Slots and rows that are merged at once: all threads side by side along the rows, so that no slots are theirs."""
+    """Slots and rows that are merged at once: as many rows as threads have 16 bytes of each, a thread all slots."""
     at_once = 32 * WARPS * 16 // out.element_size()
     return min(padded(slots, 1), LOADS), min(rows, max(1, at_once // padded(out.shape[2])))
 
 
 @triton.jit
-def _rows_of_tile(first_row, first, GROUP: tl.constexpr, ROWS: tl.constexpr):
-    """Token, counted from that of the tile's first row, and head of the group, of ROWS rows from the row `first` on."""
-    lane = tl.arange(0, ROWS)
+def _some_rows(first_row, lane_begin, lane_end, first, lane, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """Of the rows `lane`, below ROWS, from the row `first` of the tile on, a multiple of ROWS: the token, counted from
+    that of the tile's first row, the head of the group, and whether they are there."""
+    mask = (first + lane >= lane_begin) & (first + lane < lane_end)
     if ROWS % GROUP == 0:
-        # The same, as both are multiples of ROWS, but known when the kernel is compiled.
-        return first // GROUP + lane // GROUP, lane % GROUP
+        # The same, as the first row is a multiple of ROWS too, but known when the kernel is compiled.
+        return first // GROUP + lane // GROUP, lane % GROUP, mask
     row = first_row % GROUP + first + lane
-    return row // GROUP, row % GROUP
+    return row // GROUP, row % GROUP, mask
 
 
 @triton.jit
@@ -205,37 +206,38 @@ def _add_far(
     """Adds the far partial results of a tile of rows to `out`, weighted by their lse and that of all, `lse`."""
     HEADS: tl.constexpr = NUM_HEADS // GROUP
     PADDED: tl.constexpr = padded_dim(DIM)
-    slot = tl.arange(0, STEP_SLOTS)[:, None]
-    step = tl.arange(0, STEP_ROWS)
-    offs = tl.arange(0, PADDED)
+    offs = tl.arange(0, PADDED)[None, :]
+    lane = tl.arange(0, STEP_ROWS)
+    # Entries in one dimension, rows side by side: so threads that are side by side have other rows, not other slots.
+    lane_of_entry = tl.arange(0, STEP_SLOTS * STEP_ROWS) % STEP_ROWS
+    slot = tl.arange(0, STEP_SLOTS * STEP_ROWS) // STEP_ROWS
     given = block_indices_ptr, place_ptr, first_position
-    token_next, g_next = _rows_of_tile(first_row, 0, GROUP, STEP_ROWS)
-    mask_next = (step >= lane_begin) & (step < lane_end)
-    _, _, far_next = _entries(*given, token_next[None, :], slot, mask_next[None, :], HEADS, SLOTS, BLOCK_SIZE)
+    rows = first_row, lane_begin, lane_end
+    token_next, g_next, mask_next = _some_rows(*rows, 0, lane_of_entry, GROUP, STEP_ROWS)
+    _, _, far_next = _entries(*given, token_next, slot, mask_next, HEADS, SLOTS, BLOCK_SIZE)
     for first in tl.range(0, lane_end, STEP_ROWS, num_stages=1):
         # Loaded one step ahead, as partial results cannot be asked for before their places are there.
         token, g, mask, far = token_next, g_next, mask_next, far_next
-        token_next, g_next = _rows_of_tile(first_row, first + STEP_ROWS, GROUP, STEP_ROWS)
-        lane_next = first + STEP_ROWS + step
-        mask_next = (lane_next >= lane_begin) & (lane_next < lane_end)
-        _, _, far_next = _entries(*given, token_next[None, :], slot, mask_next[None, :], HEADS, SLOTS, BLOCK_SIZE)
-        at_out = token * NUM_HEADS + g
-        normaliser = _finite(tl.load(lse_ptr + at_out, mask=mask, other=0.0))
-        out = load_rows(out_ptr, at_out * DIM, mask, DIM, PADDED).to(tl.float32)  # [STEP_ROWS, DV]
+        token_next, g_next, mask_next = _some_rows(*rows, first + STEP_ROWS, lane_of_entry, GROUP, STEP_ROWS)
+        _, _, far_next = _entries(*given, token_next, slot, mask_next, HEADS, SLOTS, BLOCK_SIZE)
+        normaliser = _finite(tl.load(lse_ptr + token * NUM_HEADS + g, mask=mask, other=0.0))
+        token_of_row, g_of_row, mask_rows = _some_rows(*rows, first, lane, GROUP, STEP_ROWS)
+        at_out = (token_of_row * NUM_HEADS + g_of_row) * DIM
+        out = load_rows(out_ptr, at_out, mask_rows, DIM, PADDED).to(tl.float32)  # [STEP_ROWS, DV]
         for first_slot in tl.static_range(0, SLOTS, STEP_SLOTS):
             if first_slot > 0:
-                _, _, far = _entries(*given, token[None, :], first_slot + slot, mask[None, :], HEADS, SLOTS, BLOCK_SIZE)
+                _, _, far = _entries(*given, token, first_slot + slot, mask, HEADS, SLOTS, BLOCK_SIZE)
             there = far >= 0
-            at = (far - first_pair).to(tl.int64) * GROUP + g[None, :]
-            mask_tile = there[:, :, None]
+            at = (far - first_pair).to(tl.int64) * GROUP + g
+            mask_tile = there[:, None]
             if PADDED != DIM:
-                mask_tile = mask_tile & (offs < DIM)[None, None, :]
-            # [STEP_SLOTS, STEP_ROWS, DV]: a thread has all slots of its elements.
-            tile = tl.load(partial_ptr + (at * DIM)[:, :, None] + offs[None, None, :], mask=mask_tile, other=0.0)
+                mask_tile = mask_tile & (offs < DIM)
+            tile = tl.load(partial_ptr + (at * DIM)[:, None] + offs, mask=mask_tile, other=0.0)
             partial_lse = tl.load(partial_lse_ptr + at, mask=there, other=-float("inf"))
-            weight = tl.exp2((partial_lse - normaliser[None, :]) * LOG2_E)
-            out += tl.sum(tile.to(tl.float32) * weight[:, :, None], 0)
-        store_rows(out_ptr, at_out * DIM, mask, out, DIM, PADDED)
+            weight = tl.exp2((partial_lse - normaliser) * LOG2_E)
+            tile = tile.to(tl.float32) * weight[:, None]
+            out += tl.sum(tl.reshape(tile, (STEP_SLOTS, STEP_ROWS, PADDED)), 0)
+        store_rows(out_ptr, at_out, mask_rows, out, DIM, PADDED)
 
 
 @triton.jit(
@@ -310,9 +312,7 @@ def _merge_near_kernel(
     v_ptr += key_start * STRIDE_V + head * DIM_V
     first_pair = tl.load(bucket_end_ptr + first_bucket - 1, mask=first_bucket > 0, other=0)
 
-    token, g = _rows_of_tile(first_row, 0, GROUP, ROWS)
-    lane = tl.arange(0, ROWS)
-    mask = (lane >= lane_begin) & (lane < lane_end)
+    token, g, mask = _some_rows(first_row, lane_begin, lane_end, 0, tl.arange(0, ROWS), GROUP, ROWS)
     position = first_position + token
     q = load_rows(q_ptr, token * STRIDE_Q + g * DIM_K, mask, DIM_K, padded_dim(DIM_K))  # [ROWS, DK]
     slot = tl.arange(0, SLOTS_PADDED)[None, :]
