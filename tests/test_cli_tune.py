@@ -88,6 +88,8 @@ def test_tiles_in_words():
     assert describe(KvOuterTiles(64, 32, 512, 1, 2)) == "64 rows, 32 keys, 512 pairs, 1 warp, 2 stages"
     specialized = KvOuterTiles(64, 64, 512, 4, 2, specialized=True)
     assert describe(specialized) == "64 rows, 64 keys, 512 pairs, specialized warps"
+    dense = KvOuterTiles(64, 32, 512, 4, 1, dense_near=True)
+    assert describe(dense) == "64 rows, 32 keys, 512 pairs, 4 warps, 1 stage, near blocks dense"
     assert describe(QueryOuterTiles(64, 2, 3)) == "64 keys, 2 warps, 3 stages"
 
 

@@ -10,15 +10,22 @@ from torch import Tensor
 
 from flash_sparse_attention import SequenceLayout, selected_attention
 from flash_sparse_attention.accuracy import FULL, Case, judge
+from flash_sparse_attention.impl.triton import interval
+from flash_sparse_attention.impl.triton.compress import launch_key_bounds
+from flash_sparse_attention.impl.triton.delta import launch_shifts
+from flash_sparse_attention.impl.triton.inverted_index import Chunks, build_index
 from flash_sparse_attention.impl.triton.measure import Problem
-from flash_sparse_attention.impl.triton.selected_kv_outer import specialized_kernels
-from flash_sparse_attention.impl.triton.tuning import SelectedShape, built_in_tiles, runs_gluon
+from flash_sparse_attention.impl.triton.selected_kv_outer import launch_selected_fwd_kv_outer, specialized_kernels
+from flash_sparse_attention.impl.triton.tuning import SelectedShape, built_in_tiles, interval_schedule, runs_gluon
 from graphs import recorded
 from triton_cases import config, random_selection, selected_rows
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 LOOP_ORDERS = ("kv_outer", "query_outer")
+HOPPER = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a device of sm_90"
+)
 HALF = (torch.bfloat16, torch.float16)
 GRID = [
     *(case for case in FULL if "selected_attention" in case.operators and case.dtype != torch.float64),
@@ -147,9 +154,10 @@ def test_new_lengths_compile_nothing():
             merge._merge_slots_kernel,
         )
         if runs_gluon():
-            from flash_sparse_attention.impl.triton import selected_hopper
+            from flash_sparse_attention.impl.triton import near_hopper, selected_hopper
 
             kernels += selected_hopper._selected_fwd_hopper_kernel, selected_hopper._selected_bwd_hopper_kernel
+            kernels += (near_hopper._selected_near_hopper_kernel,)
         return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
     for tokens in (1024, 1000):
@@ -161,9 +169,7 @@ def test_new_lengths_compile_nothing():
     assert specialisations() == before
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a device of sm_90"
-)
+@HOPPER
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "block_size", "dtype"),
     [
@@ -192,11 +198,101 @@ def test_warps_of_two_kinds_compute_the_same(heads: int, kv_heads: int, dim: int
         assert specialized_kernels(chosen, *(problem.q, problem.k, problem.v, problem.d_out)[:tensors]) is not None
         for pairs in (chosen.segment_pairs, 40):
             tried = replace(chosen, segment_pairs=pairs)
-            got, again, others = launch(tried), launch(tried), launch(replace(tried, specialized=False))
-            for a, b, other in zip(got, again, others, strict=True):
-                assert torch.equal(a, b)
-                error = (a.float() - other.float()).abs().max() / other.float().abs().max()
-                assert error < (8e-3 if dtype == torch.bfloat16 else 1e-3)
+            others = launch(replace(tried, specialized=False, dense_near=False))
+            assert_same(launch(tried), launch(tried), others, dtype)
+            if tried.dense_near:
+                assert_same(launch(tried), launch(tried), launch(replace(tried, dense_near=False)), dtype)
+
+
+def assert_same(
+    got: tuple[Tensor, ...], again: tuple[Tensor, ...], others: tuple[Tensor, ...], dtype: torch.dtype
+) -> None:
+    """The same as others but for rounding, and bitwise from run to run."""
+    for a, b, other in zip(got, again, others, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a.isfinite(), other.isfinite())
+        a, other = (x.float().nan_to_num(0.0, 0.0, 0.0) for x in (a, other))
+        assert (a - other).abs().max() / other.abs().max() < (8e-3 if dtype == torch.bfloat16 else 1e-3)
+
+
+@HOPPER
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 128), (2, 2, 128), (5, 1, 64), (32, 2, 64)], ids=str)
+@pytest.mark.parametrize("past", [None, [0, 64, 70, 1000, 3, 129]], ids=str)
+def test_near_blocks_of_any_selection(heads: int, kv_heads: int, dim: int, past: list[int] | None):
+    lengths, device = [700, 0, 1, 64, 1999, 130], torch.device("cuda")
+    layout = SequenceLayout.from_lengths(lengths, device)
+    keys = SequenceLayout.from_lengths([a + b for a, b in zip(lengths, past or [0] * 6, strict=True)], device)
+    indices = random_selection(layout.total_tokens, kv_heads, 9, 40, "cuda")
+    # Near blocks of half the rows, which random ones seldom are: the first, the own and the one before, each or not.
+    positions = torch.cat(
+        [torch.arange(k - q, k) for q, k in zip(lengths, keys.cu_seqlens.diff().tolist(), strict=True)]
+    )
+    own = (positions // 64).to("cuda", torch.int32)[:, None].expand(-1, kv_heads)
+    for slot, block in enumerate((own, own - 1, own * 0)):
+        indices[..., slot] = torch.where(torch.rand(own.shape, device=device) < 0.5, block, indices[..., slot])
+    q = torch.randn(layout.total_tokens, heads, dim, device=device).bfloat16()
+    k, v = (torch.randn(keys.total_tokens, kv_heads, dim, device=device).bfloat16() for _ in range(2))
+    shape = SelectedShape.of(q, k, v, indices, 64)
+    tiles = built_in_tiles(shape).kv_outer_forward
+    assert tiles.dense_near
+    bounds = None if past is None else keys.cu_seqlens
+    chunks = Chunks.fit(indices, len(k), layout.batch, 64, 1, 1 << 30)
+    index = build_index(indices, layout.cu_seqlens, 64, chunks, bounds)
+
+    def launch(near: bool) -> tuple[Tensor, ...]:
+        given = q, k, v, indices, index, layout.cu_seqlens, 64, dim**-0.5, replace(tiles, dense_near=near)
+        return launch_selected_fwd_kv_outer(*given, bounds)
+
+    assert_same(launch(True), launch(True), launch(False), torch.bfloat16)
+
+
+@HOPPER
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "dtype"),
+    [
+        (8, 2, 128, torch.bfloat16),
+        (2, 2, 128, torch.float16),
+        (5, 1, 64, torch.bfloat16),
+        (32, 2, 64, torch.float16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("past", [None, [0, 64, 70, 1000, 3, 129, 40]], ids=str)
+@pytest.mark.parametrize("window", [0, 130], ids=str)
+def test_intervals_by_warps_of_two_kinds(
+    heads: int, kv_heads: int, dim: int, dtype: torch.dtype, past: list[int] | None, window: int, monkeypatch
+):
+    monkeypatch.setattr(interval, "LEAST_HOPPER_KEYS", 0)
+    device, lengths = torch.device("cuda"), [700, 0, 1, 64, 1999, 130, 33]
+    layout = SequenceLayout.from_lengths(lengths, device)
+    keys = SequenceLayout.from_lengths([a + b for a, b in zip(lengths, past or [0] * 7, strict=True)], device)
+    bounds_k = None if past is None else keys.cu_seqlens
+    sizes = interval.IntervalSizes(1, 1, window, dim**-0.5) if window else interval.IntervalSizes(8, 4, 0, dim**-0.5)
+    key_bounds = keys.cu_seqlens if window else launch_key_bounds(keys.cu_seqlens, 8, 4)
+    num_keys = int(key_bounds[-1])
+    q, d_out = (torch.randn(layout.total_tokens, heads, dim, device=device).to(dtype) for _ in range(2))
+    # What stands behind the last key is no number.
+    k, v = (torch.full((num_keys + 100, kv_heads, dim), float("nan"), device=device, dtype=dtype) for _ in range(2))
+    k[:num_keys], v[:num_keys] = (torch.randn(num_keys, kv_heads, dim, device=device).to(dtype) for _ in range(2))
+    schedule = interval_schedule(dim, dim, dtype, window > 0)
+    assert all(tiles.specialized for tiles in schedule)
+    dq, dk, dv = (torch.randn_like(x) for x in (q, k, v))
+
+    def run(specialized: bool) -> tuple[Tensor, ...]:
+        forward, by_rows, by_keys = (replace(tiles, specialized=specialized) for tiles in schedule)
+        out, lse = interval.launch_interval_fwd(q, k, v, layout.cu_seqlens, key_bounds, sizes, forward, bounds_k)
+        shift, delta = launch_shifts(d_out, torch.zeros_like(lse), out, lse)
+        given = d_out, q, k, v, shift, delta, layout.cu_seqlens, key_bounds, sizes
+        new, sums = torch.empty_like(q), dq.clone()
+        interval.launch_interval_dq(*given, by_rows, new, False, bounds_k)
+        interval.launch_interval_dq(*given, by_rows, sums, True, bounds_k)
+        of_keys = interval.launch_interval_dkv(*given, by_keys, bounds_k)
+        added = interval.launch_interval_dkv(*given, by_keys, bounds_k, (dk.clone(), dv.clone()))
+        return out, lse, new, sums, *(x[:num_keys] for x in (*of_keys, *added))
+
+    got = run(True)
+    assert all(x.isfinite().all() for x in (got[0], *got[2:]))
+    assert_same(got, run(True), run(False), dtype)
 
 
 def test_rows_that_are_not_aligned_take_other_kernels():

@@ -124,11 +124,21 @@ def test_index_against_counting_one_by_one(
     assert [token for token, _, _ in flat] == index.pairs[: len(flat)].tolist()
     assert [int(index.place[at]) for at in flat] == list(range(len(flat)))
 
-    segments = index.segments(7)
+    bounds = layout.cu_seqlens, block_size, None if layout.with_past is None else keys.cu_seqlens
+    own = [position // block_size for position in positions]
+    far = [at for at, (token, head, slot) in enumerate(flat) if 0 < int(indices[token, head, slot]) < own[token] - 1]
+    assert 0 < len(far) < len(flat)
+    assert_segments(index, index.segments(7), list(range(len(flat))))
+    assert_segments(index, index.far_segments(7, *bounds), far)
+
+
+def assert_segments(index, segments, pairs: list[int]) -> None:  # type: ignore[no-untyped-def]
+    """They hold these pairs, at most 7 each."""
+    chunks = index.chunks
     ends, cut_ends = segments.ends
     table = segments.table[: int(ends[-1])].tolist()
     covered = sorted(pair for first, _, count, _, _ in table for pair in range(first, first + count))
-    assert covered == list(range(len(flat)))
+    assert covered == pairs
     assert all(0 < count <= 7 for _, _, count, _, _ in table)
     begin = 0
     for chunk_ends, chunk_cut_ends in zip(

@@ -272,7 +272,9 @@ def test_candidates():
             assert tiles[0] == getattr(base, name)
             assert len(set(tiles)) == len(tiles) > 4
             for one in tiles:
-                tuning._check_tiles(one)
+                tuning._check_tiles(one, can_near=name == "kv_outer_forward" and shape.block_size <= 64)
+        near = {False, True} if shape.block_size <= 64 else {False}
+        assert {tiles.dense_near for tiles in tried.kv_outer_forward} == near
         # Both passes share what the keys of the backward pass decide.
         assert {tiles.keys for tiles in tried.kv_outer_backward} == {base.kv_outer_backward.keys}
     assert 9 <= min(map(len, measure.candidates(SHAPE))) <= max(map(len, measure.candidates(SHAPE))) <= 13
@@ -303,6 +305,47 @@ def test_specialized_kernels_are_asked_for_where_they_are(monkeypatch, changes, 
     elsewhere = built_in_tiles(shape)
     assert not elsewhere.kv_outer_forward.specialized
     assert not elsewhere.kv_outer_backward.specialized
+
+
+@pytest.mark.parametrize(
+    ("changes", "dense"),
+    [
+        ({}, True),
+        ({"dim_k": 64, "dim_v": 64, "slots": 8}, True),
+        ({"slots": 7}, False),
+        ({"block_size": 32}, False),
+        ({"block_size": 128}, False),
+        ({"dim_k": 192}, False),
+        ({"dim_k": 80, "dim_v": 80}, False),
+        ({"dtype": torch.float32}, False),
+    ],
+    ids=str,
+)
+def test_where_near_blocks_have_a_kernel_of_their_own(monkeypatch, changes, dense):
+    tiles = built_in_tiles(SHAPE._replace(**changes))
+    assert tiles.kv_outer_forward.dense_near == dense
+    assert not tiles.kv_outer_backward.dense_near
+    stored = entry(tiles=tiles, **changes)
+    assert TunedEntry.from_dict(stored.to_dict()) == stored
+    monkeypatch.setattr(tuning, "device_capability", lambda: 100)
+    assert not built_in_tiles(SHAPE._replace(**changes)).kv_outer_forward.dense_near
+
+
+def test_an_entry_that_does_not_know_of_near_blocks(file):
+    values = entry(tiles=built_in_tiles(SHAPE)).to_dict()
+    for name in ("kv_outer_forward", "kv_outer_backward"):
+        del values["tiles"][name]["dense_near"]
+    assert not TunedEntry.from_dict(values).tiles.kv_outer_forward.dense_near
+    for kernel, value in (("kv_outer_forward", 1), ("kv_outer_forward", None), ("kv_outer_backward", True)):
+        values["tiles"][kernel]["dense_near"] = value
+        with pytest.raises(ValueError, match="dense_near must be true only for the forward pass"):
+            TunedEntry.from_dict(values)
+        values["tiles"][kernel]["dense_near"] = False
+    values["tiles"]["kv_outer_forward"] |= {"dense_near": True, "specialized": False}
+    values["tiles"]["kv_outer_backward"]["specialized"] = False
+    values["shape"]["block_size"] = 96
+    with pytest.raises(ValueError, match="of blocks of up to 64"):
+        TunedEntry.from_dict(values)
 
 
 @pytest.mark.parametrize("tile", [{"rows": 128}, {"keys": 32}, {"specialized": "yes"}, {"specialized": 1}], ids=str)

@@ -134,10 +134,11 @@ def describe(tiles: Any) -> str:
     keys, launch = f"{tiles.keys} keys", f"{_count(tiles.warps, 'warp')}, {_count(tiles.stages, 'stage')}"
     if not hasattr(tiles, "rows"):
         return f"{keys}, {launch}"
+    near = ", near blocks dense" if tiles.dense_near else ""
     if tiles.specialized:
-        return f"{tiles.rows} rows, {keys}, {tiles.segment_pairs} pairs, specialized warps"
+        return f"{tiles.rows} rows, {keys}, {tiles.segment_pairs} pairs, specialized warps{near}"
     registers = "" if tiles.registers is None else f", {tiles.registers} registers"
-    return f"{tiles.rows} rows, {keys}, {tiles.segment_pairs} pairs, {launch}{registers}"
+    return f"{tiles.rows} rows, {keys}, {tiles.segment_pairs} pairs, {launch}{registers}{near}"
 
 
 def _count(number: int, what: str) -> str:

@@ -85,7 +85,7 @@ def launch_interval_fwd(
     lse = q.new_empty(total_tokens, num_heads, dtype=torch.float32)
     q, softmax_scale = positive_scale(q, sizes.softmax_scale)
     num_sequences = cu_seqlens.numel() - 1
-    enough = sizes.window_size > 0 or total_keys >= LEAST_HOPPER_KEYS
+    enough = group > 1 if sizes.window_size > 0 else total_keys >= LEAST_HOPPER_KEYS
     if enough and (specialized := _specialized_kernels(tiles, q, k, v)):
         rows = total_tokens * group // specialized.FORWARD_ROWS + num_sequences
         specialized._interval_fwd_hopper_kernel[rows, num_kv_heads](
@@ -189,8 +189,9 @@ def launch_interval_dkv(
 
 
 # Compressed keys from which the forward kernel for Hopper is the faster one; H200, 32/8 heads of 128, ms, it and the
-# other: 511 keys (8,192 tokens) 0.147, 0.134; 1,023 keys 0.385, 0.378; 2,047 keys 1.16, 1.29; 4,095 keys 3.99, 4.24.
-LEAST_HOPPER_KEYS = 1536
+# other: 511 keys (8,192 tokens) 0.129, 0.134; 4,095 keys 3.76, 4.25. Its tiles of 192 rows reach far where each row has
+# a window of its own: 4/4 heads, 65,536 tokens, 0.265, 0.239.
+LEAST_HOPPER_KEYS = 500
 
 
 def _specialized_kernels(tiles: IntervalTiles, *tensors: Tensor) -> ModuleType | None:

@@ -28,9 +28,10 @@ from .interval import _key_range, _last_token, _start, _visible, interval_end
 from .primitives import LN_2, LOG2_E, exp_below, lift, past_of, tile_of_rows
 from .selected_hopper import BARRIER, EDGE, LINE, TILE, WARPS, _by_16_bytes, _copy_rows
 
-# Groups of consumers, and tiles of the ring. H200, 65,536 tokens, 32/8 heads of 128, ms. Compressed, forward: 3.99 so;
-# 2 groups 4.65, and 4.36 where the product with V of the tile before goes on meanwhile (which takes more registers than
-# 3 groups have), with tiles of 128 keys 5.1 to 5.5. Threads that copy K and V: forward 4.31, dQ 5.10; so 4.86.
+# Groups of consumers, and tiles of the ring. H200, 65,536 tokens, 32/8 heads of 128, ms. Compressed, forward: 3.76 so;
+# where warps stored their rows from registers 3.99, then with 2 groups 4.65, and 4.36 where the product with V of the
+# tile before went on meanwhile (3 groups have too few registers for that), with tiles of 128 keys 5.1 to 5.5. With
+# threads that copy K and V: forward 4.31 for 3.99, dQ 5.10 for 4.86.
 FORWARD_CONSUMERS, FORWARD_STAGES = gl.constexpr(3), gl.constexpr(4)
 BACKWARD_CONSUMERS, DQ_STAGES, DKV_STAGES = gl.constexpr(2), gl.constexpr(4), gl.constexpr(4)
 # Registers of a thread: on average, of a consumer and of the producer.
@@ -149,13 +150,32 @@ def _load_line(x_ptr, row, num_rows, other, NUM_HEADS: gl.constexpr, GROUP: gl.c
 
 
 @gluon.jit
-def _store_rows(x_ptr, first_row, num_rows, x, NUM_HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr,
-                ADD: gl.constexpr, LAYOUT: gl.constexpr):  # fmt: skip
-    """Stores 64 (token, head of the group) rows, or adds them to what is there."""
-    row = first_row + gl.arange(0, EDGE, layout=gl.SliceLayout(1, LAYOUT))
-    offs = gl.arange(0, DIM, layout=gl.SliceLayout(0, LAYOUT))
+def _store_rows(x_ptr, first_row, num_rows, x, buffer, NUM_HEADS: gl.constexpr, GROUP: gl.constexpr,
+                DIM: gl.constexpr, ADD: gl.constexpr):  # fmt: skip
+    """Stores 64 (token, head of the group) rows, or adds them to what is there.
+
+    They go through `buffer`, in shared memory, as matrix units leave a thread 4 bytes of each piece of a row.
+    """
+    layout: gl.constexpr = _by_16_bytes(DIM)
+    row = first_row + gl.arange(0, EDGE, layout=gl.SliceLayout(1, layout))
+    offs = gl.arange(0, DIM, layout=gl.SliceLayout(0, layout))
     x_ptrs = x_ptr + (((row // GROUP).to(gl.int64) * NUM_HEADS + row % GROUP) * DIM)[:, None] + offs[None, :]
-    mask = (row < num_rows)[:, None]
+    mask = (row < num_rows)[:, None] & (row >= 0)[:, None]
+    if ADD:
+        buffer.store(gl.load(x_ptrs, mask=mask, other=0.0))
+        x += buffer.load(x.type.layout).to(gl.float32)
+    buffer.store(x.to(x_ptr.dtype.element_ty))
+    gl.store(x_ptrs, buffer.load(layout), mask=mask)
+
+
+@gluon.jit
+def _store_keys(x_ptr, first_key, keys_end, x, HEADS: gl.constexpr, DIM: gl.constexpr, ADD: gl.constexpr,
+                LAYOUT: gl.constexpr):  # fmt: skip
+    """Stores 64 keys' gradients, or adds them to what is there."""
+    key = first_key + gl.arange(0, EDGE, layout=gl.SliceLayout(1, LAYOUT))
+    offs = gl.arange(0, DIM, layout=gl.SliceLayout(0, LAYOUT))
+    x_ptrs = x_ptr + (key.to(gl.int64) * (HEADS * DIM))[:, None] + offs[None, :]
+    mask = (key < keys_end)[:, None]
     if ADD:
         x += gl.load(x_ptrs, mask=mask, other=0.0).to(gl.float32)
     gl.store(x_ptrs, x.to(x_ptr.dtype.element_ty), mask=mask)
@@ -232,7 +252,7 @@ def _attend(
     out = out * gl.convert_layout(inverse, gl.SliceLayout(1, wide_layout))[:, None]
     lse_ptrs = lse_ptr + (row // GROUP).to(gl.int64) * NUM_HEADS + row % GROUP
     gl.store(lse_ptrs, (largest + gl.log2(total)) * LN_2, mask=row < num_rows)
-    _store_rows(out_ptr, first_row, num_rows, out, NUM_HEADS, GROUP, DIM, False, wide_layout)
+    _store_rows(out_ptr, first_row, num_rows, out, q_s.index(WHO), NUM_HEADS, GROUP, DIM, False)
 
 
 @gluon.jit(do_not_specialize=["num_sequences"])
@@ -372,7 +392,7 @@ def _differentiate_rows(
     for tile in range(clear_end, tiles):
         dq = _dq_step(tile, q, do, dq, k_s, v_s, full, empty, whole, first, start, end, shift, delta, scale,
                       WINDOW, DIM, STAGES, True)  # fmt: skip
-    _store_rows(dq_ptr, first_row, num_rows, dq * scale, NUM_HEADS, GROUP, DIM, ADD, wide_layout)
+    _store_rows(dq_ptr, first_row, num_rows, dq * scale, q_s.index(WHO), NUM_HEADS, GROUP, DIM, ADD)
 
 
 @gluon.jit(do_not_specialize=["num_sequences"])
@@ -585,8 +605,8 @@ def _differentiate_keys(
             tile, dk, dv, k_s, v_s, q_s, do_s, row_s, full, empty, first_row, rows_end, past, key, scale,
             WHO, GROUP, DIM, KERNEL_SIZE, KERNEL_STRIDE, WINDOW, STAGES, LIFT, True,
         )  # fmt: skip
-    _store_rows(dk_ptr, first_key, keys_end, dk * scale, HEADS, 1, DIM, ADD, wide_layout)
-    _store_rows(dv_ptr, first_key, keys_end, dv / LIFT, HEADS, 1, DIM, ADD, wide_layout)
+    _store_keys(dk_ptr, first_key, keys_end, dk * scale, HEADS, DIM, ADD, wide_layout)
+    _store_keys(dv_ptr, first_key, keys_end, dv / LIFT, HEADS, DIM, ADD, wide_layout)
 
 
 @gluon.jit(do_not_specialize=["num_sequences", "num_keys"])

@@ -20,6 +20,9 @@ programs of the main kernels own: blocks that every token selects do not make a 
 The work is cut into *chunks*, a range of kv heads and a range of tokens each, since the partial results of the main
 kernels are kept for one chunk only. The pairs of a range of tokens come before those of the next, so that the pairs of
 a chunk are consecutive, and their partial results are as well.
+
+An entry is *near* if its block is among the first NEAR_INIT of its sequence, or among the newest NEAR_LOCAL up to the
+query's own; the others are *far*. Of a far block the near pairs come first, as they have the first tokens that see it.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import bounds_of_keys, keys_ahead, pack_blocks, padded, sequence_of
+from .primitives import block_bounds, bounds_of_keys, keys_ahead, pack_blocks, padded, sequence_of
 
 # Counters of a selection: more runs make the writing of the pairs shorter, which one program does for each run.
 MAX_RUNS, MIN_RUNS, COUNTERS = 1024, 64, 1 << 23
@@ -43,6 +46,8 @@ SCATTER_ENTRIES = 64
 SCAN_RUNS, SCAN_BUCKETS = 256, 8
 SEGMENT_BUCKETS = 128
 SEGMENT_FIELDS = 5
+# Near blocks: those that NSA always selects.
+NEAR_INIT, NEAR_LOCAL = tl.constexpr(1), tl.constexpr(2)
 
 
 @dataclass(frozen=True)
@@ -160,18 +165,38 @@ class InvertedIndex:
 
     def segments(self, segment_pairs: int) -> Segments:
         """Cuts the buckets of every chunk into segments of at most `segment_pairs` pairs."""
+        return self._cut(segment_pairs, None, None, None, 1)
+
+    def far_segments(
+        self, segment_pairs: int, cu_seqlens: Tensor, block_size: int, cu_seqlens_k: Tensor | None = None
+    ) -> Segments:
+        """As `segments`, without the pairs of near entries; bounds are as for `build_index`."""
+        return self._cut(segment_pairs, self.pairs, cu_seqlens, cu_seqlens_k, block_size)
+
+    def _cut(
+        self,
+        segment_pairs: int,
+        pairs: Tensor | None,
+        cu_seqlens: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        block_size: int,
+    ) -> Segments:
         chunks = self.chunks
         flat = chunks.head_chunks * chunks.token_chunks * chunks.buckets
         counts = torch.empty((2, flat), dtype=torch.int32, device=self.pairs.device)
-        sizes = (flat, chunks.buckets, chunks.head_chunks, chunks.token_chunks, segment_pairs)
+        given = self.bucket_ends, pairs, cu_seqlens, cu_seqlens_k
+        sizes = (
+            flat, chunks.buckets, chunks.head_chunks, chunks.token_chunks, segment_pairs,
+            0 if cu_seqlens is None else cu_seqlens.numel() - 1, chunks.num_blocks,
+        )  # fmt: skip
         grid = (triton.cdiv(flat, SEGMENT_BUCKETS),)
-        _count_segments_kernel[grid](self.bucket_ends, counts, *sizes, SEGMENT_BUCKETS)
+        _count_segments_kernel[grid](*given, counts, *sizes, block_size, SEGMENT_BUCKETS)
         # One sum over both rows: of the second only differences count.
         ends = torch.cumsum(counts.view(-1), 0, dtype=torch.int32).view(2, flat)
         # In any chunk a bucket has a segment that is not full at most once.
         most = self.pairs.numel() // segment_pairs + min(flat, self.pairs.numel())
         table = torch.empty((most, SEGMENT_FIELDS), dtype=torch.int32, device=self.pairs.device)
-        _fill_segments_kernel[grid](self.bucket_ends, ends, table, *sizes, SEGMENT_FIELDS, SEGMENT_BUCKETS)
+        _fill_segments_kernel[grid](*given, ends, table, *sizes, block_size, SEGMENT_FIELDS, SEGMENT_BUCKETS)
         most_of_chunk = chunks.pairs // segment_pairs + min(chunks.buckets, chunks.pairs)
         # A bucket that is cut fills a segment at least, and has at most one that is not full: twice as many at most.
         most_tiles = max(1, min(most_of_chunk, 2 * (chunks.pairs // segment_pairs)))
@@ -435,18 +460,74 @@ def chunk_pairs(flat, bucket_end_ptr, buckets, head_chunks, token_chunks, mask):
     return bucket, begin, end, first
 
 
-@triton.jit(do_not_specialize=["num_flat", "buckets", "head_chunks", "token_chunks", "segment_pairs"])
+@triton.constexpr_function
+def _bits(number):
+    return int(number).bit_length()
+
+
+@triton.jit
+def is_near(block, own):
+    """Which entries are near, of those that count; `own` is the block of the query itself. Shapes broadcast."""
+    return (block < NEAR_INIT) | (block > own - NEAR_LOCAL)
+
+
+@triton.jit
+def _first_far(
+    bucket, begin, end, pairs_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, num_blocks, mask,
+    BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """The first far pair of each bucket, `end` where there is none."""
+    bounds_ptr = bounds_of_keys(cu_seqlens_ptr, cu_seqlens_k_ptr)
+    key_start, _, sequence = block_bounds(bucket % num_blocks, bounds_ptr, num_sequences, BLOCK_SIZE)
+    in_sequence = (key_start - tl.load(bounds_ptr + sequence)) // BLOCK_SIZE
+    # The first token of whose newest blocks it is none.
+    first_token = key_start + NEAR_LOCAL * BLOCK_SIZE - keys_ahead(sequence, cu_seqlens_ptr, cu_seqlens_k_ptr)
+    # Invariant: pairs before `begin` are near; of those behind, fewer than the last step took are.
+    STEPS: tl.constexpr = _bits(NEAR_LOCAL * BLOCK_SIZE)
+    for i in tl.static_range(STEPS):
+        last = begin + (1 << (STEPS - 1 - i)) - 1
+        there = mask & (last < end)
+        near = there & (tl.load(pairs_ptr + last, mask=there, other=0) < first_token)
+        begin = tl.where(near, last + 1, begin)
+    return tl.where(in_sequence < NEAR_INIT, end, begin)
+
+
+@triton.jit
+def _pairs_to_cut(
+    flat, bucket_end_ptr, pairs_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, buckets, head_chunks, token_chunks,
+    num_sequences, num_blocks, mask, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """`chunk_pairs`; with `pairs_ptr`, beginning with the first far pair."""
+    bucket, begin, end, first = chunk_pairs(flat, bucket_end_ptr, buckets, head_chunks, token_chunks, mask)
+    if pairs_ptr is not None:
+        begin = _first_far(
+            bucket, begin, end, pairs_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, num_blocks, mask, BLOCK_SIZE
+        )
+    return bucket, begin, end, first
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_flat", "buckets", "head_chunks", "token_chunks", "segment_pairs", "num_sequences", "num_blocks"
+    ]
+)  # fmt: skip
 def _count_segments_kernel(
     bucket_end_ptr,
+    pairs_ptr,
+    cu_seqlens_ptr,
+    cu_seqlens_k_ptr,
     count_ptr,
     num_flat,
     buckets,
     head_chunks,
     token_chunks,
     segment_pairs,
+    num_sequences,
+    num_blocks,
+    BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Counts the segments of each (chunk, bucket of the chunk).
+    """Counts the segments of each (chunk, bucket of the chunk), of all pairs or, with `pairs_ptr`, of the far ones.
 
     Grid: (tile of them,).
     Owns: their counts, of all segments and of those of buckets that are cut.
@@ -454,15 +535,25 @@ def _count_segments_kernel(
     """
     flat = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = flat < num_flat
-    _, begin, end, _ = chunk_pairs(flat, bucket_end_ptr, buckets, head_chunks, token_chunks, mask)
+    _, begin, end, _ = _pairs_to_cut(
+        flat, bucket_end_ptr, pairs_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, buckets, head_chunks, token_chunks,
+        num_sequences, num_blocks, mask, BLOCK_SIZE,
+    )  # fmt: skip
     count = (end - begin + segment_pairs - 1) // segment_pairs
     tl.store(count_ptr + flat, count, mask=mask)
     tl.store(count_ptr + num_flat + flat, tl.where(count > 1, count, 0), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_flat", "buckets", "head_chunks", "token_chunks", "segment_pairs"])
+@triton.jit(
+    do_not_specialize=[
+        "num_flat", "buckets", "head_chunks", "token_chunks", "segment_pairs", "num_sequences", "num_blocks"
+    ]
+)  # fmt: skip
 def _fill_segments_kernel(
     bucket_end_ptr,
+    pairs_ptr,
+    cu_seqlens_ptr,
+    cu_seqlens_k_ptr,
     segment_end_ptr,
     table_ptr,
     num_flat,
@@ -470,10 +561,13 @@ def _fill_segments_kernel(
     head_chunks,
     token_chunks,
     segment_pairs,
+    num_sequences,
+    num_blocks,
+    BLOCK_SIZE: tl.constexpr,
     FIELDS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Writes the segments of each (chunk, bucket of the chunk).
+    """Writes the segments of each (chunk, bucket of the chunk), of the pairs that `_count_segments_kernel` counts.
 
     Grid: (tile of them,).
     Owns: their rows of the table.
@@ -481,7 +575,10 @@ def _fill_segments_kernel(
     """
     flat = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = flat < num_flat
-    bucket, begin, end, first_of_chunk = chunk_pairs(flat, bucket_end_ptr, buckets, head_chunks, token_chunks, mask)
+    bucket, begin, end, first_of_chunk = _pairs_to_cut(
+        flat, bucket_end_ptr, pairs_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, buckets, head_chunks, token_chunks,
+        num_sequences, num_blocks, mask, BLOCK_SIZE,
+    )  # fmt: skip
     count = (end - begin + segment_pairs - 1) // segment_pairs
     first = tl.load(segment_end_ptr + flat, mask=mask, other=0) - count
     first_tile = tl.load(segment_end_ptr + num_flat + flat, mask=mask, other=0) - count

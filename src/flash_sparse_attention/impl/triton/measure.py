@@ -29,6 +29,7 @@ from .selected_kv_outer import launch_selected_bwd_kv_outer, launch_selected_fwd
 from .selected_query_outer import launch_selected_dq_query_outer, launch_selected_fwd_query_outer
 from .tuning import (
     LOOP_ORDERS,
+    MOST_NEAR_BLOCK_SIZE,
     KvOuterTiles,
     QueryOuterTiles,
     SelectedShape,
@@ -83,8 +84,9 @@ def candidates(shape: SelectedShape) -> Candidates:
     The keys of the KV-outer kernels stay: those of the backward pass decide how both passes cut the work.
     """
     base = built_in_tiles(shape)
+    near = [{"dense_near": not base.kv_outer_forward.dense_near}] if shape.block_size <= MOST_NEAR_BLOCK_SIZE else []
     return Candidates(
-        _around(base.kv_outer_forward, _kv_outer_changes(base.kv_outer_forward)),
+        _around(base.kv_outer_forward, near + _kv_outer_changes(base.kv_outer_forward)),
         _around(base.kv_outer_backward, _kv_outer_changes(base.kv_outer_backward)),
         _around(base.query_outer, _query_outer_changes(base.query_outer, padded(shape.block_size))),
     )
@@ -113,7 +115,7 @@ def _kv_outer_changes(base: KvOuterTiles) -> list[dict[str, Any]]:
         # Tiles of their own are fixed. The other kernels were slower wherever both were measured: few of them.
         factors = 0.5, 2.0, 0.25, 4.0
         segments = [{"segment_pairs": max(1, round(base.segment_pairs * factor))} for factor in factors]
-        return [*segments, *({"specialized": False, **change} for change in ({}, *changes[:5]))]
+        return [*segments, *({"specialized": False, "dense_near": False, **change} for change in ({}, *changes[:5]))]
     return changes
 
 
@@ -258,7 +260,8 @@ class Problem:
 
     def kv_outer_forward(self, tiles: KvOuterTiles) -> tuple[Tensor, ...]:
         """out and lse."""
-        return launch_selected_fwd_kv_outer(self.q, self.k, self.v, self.index, *self.sizes, tiles)
+        given = self.q, self.k, self.v, self.block_indices
+        return launch_selected_fwd_kv_outer(*given, self.index, *self.sizes, tiles)
 
     def kv_outer_backward(self, tiles: KvOuterTiles) -> tuple[Tensor, ...]:
         """Gradients of q, k and v."""
@@ -278,7 +281,8 @@ class Problem:
             given = self.q, self.k, self.v, self.block_indices, place
             launch_selected_fwd_query_outer(*given, *self.sizes, tiles.query_outer)
         else:
-            launch_selected_fwd_kv_outer(self.q, self.k, self.v, self.build(), *self.sizes, tiles.kv_outer_forward)
+            forward = self.q, self.k, self.v, self.block_indices, self.build()
+            launch_selected_fwd_kv_outer(*forward, *self.sizes, tiles.kv_outer_forward)
 
     def backward(self, loop_order: str, tiles: SelectedTiles) -> None:
         """All that a backward pass launches; the query-outer order builds its index here."""

@@ -147,6 +147,12 @@ def tile_of_rows(tile, cu_seqlens_ptr, num_sequences, GROUP: tl.constexpr, ROWS:
 
 
 @triton.jit
+def finite_maximum(largest):
+    """A maximum to subtract: any finite one serves a row that has nothing, whose maximum is -inf."""
+    return tl.where(largest == -float("inf"), 0.0, largest)
+
+
+@triton.jit
 def exp_shifted(products, scale, shift, EXACT: tl.constexpr):
     """exp(scale * products - shift), for `products` [A, B] and `shift` [A] in the units of lse.
 

@@ -35,6 +35,7 @@ from .primitives import (
     store_rows,
 )
 from .segment import add_up, keys_of_bucket, segment_of_program
+from .selected_near import launch_near
 from .tuning import KvOuterTiles, launch_options, takes_hopper_kernels
 
 
@@ -42,6 +43,7 @@ def launch_selected_fwd_kv_outer(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    block_indices: Tensor,
     index: InvertedIndex,
     cu_seqlens: Tensor,
     block_size: int,
@@ -49,17 +51,28 @@ def launch_selected_fwd_kv_outer(
     tiles: KvOuterTiles,
     cu_seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out `[N, Hq, Dv]` and lse `[N, Hq]` (natural logarithm, float32). Bounds are as for `build_index`."""
+    """out `[N, Hq, Dv]` and lse `[N, Hq]` (natural logarithm, float32). Bounds are as for `build_index`.
+
+    `block_indices` is what `index` is of.
+    """
     (total_tokens, num_heads, dim_k), (_, num_kv_heads, dim_v) = q.shape, v.shape
     group, chunks = num_heads // num_kv_heads, index.chunks
     out = q.new_empty(total_tokens, num_heads, dim_v)
     lse = q.new_empty(total_tokens, num_heads, dtype=torch.float32)
-    segments = index.segments(tiles.segment_pairs)
     q, softmax_scale = positive_scale(q, softmax_scale)
     partial = q.new_empty(chunks.pairs * group, dim_v)
     partial_lse = lse.new_empty(chunks.pairs * group)
     specialized = specialized_kernels(tiles, q, k, v)
     descriptor = specialized and specialized.tile_descriptor(partial, 1)
+    far = None
+    if tiles.dense_near:
+        segments = index.far_segments(tiles.segment_pairs, cu_seqlens, block_size, cu_seqlens_k)
+        far = launch_near(
+            q, k, v, block_indices, index, out, lse, cu_seqlens, cu_seqlens_k, block_size, softmax_scale,
+            specialized is not None,
+        )  # fmt: skip
+    else:
+        segments = index.segments(tiles.segment_pairs)
     for number, first_head, first_token, tokens in chunks:
         grid = (segments.most_of_chunk,)
         lists = index.pairs, segments.table, segments.ends, cu_seqlens, cu_seqlens_k
@@ -75,7 +88,7 @@ def launch_selected_fwd_kv_outer(
                 q, k, v, partial, partial_lse, *lists, *common, *strides, group, dim_k, dim_v, block_size,
                 tiles.rows, tiles.keys, tiles.stages, **launch_options(tiles),
             )  # fmt: skip
-        launch_merge(partial, partial_lse, index, out, lse, 1.0, first_head, first_token, tokens)
+        launch_merge(partial, partial_lse, index, out, lse, 1.0, first_head, first_token, tokens, far=far)
     return out, lse
 
 

@@ -73,6 +73,7 @@ class KvOuterTiles:
         registers: of a thread at most, or None.
         specialized: by the kernels of `selected_hopper`, on devices that have them: tiles of 64 rows and 64 keys, and
             warps, stages and registers of their own.
+        dense_near: forward, near blocks by a kernel of their own (`selected_near`).
     """
 
     rows: int
@@ -82,6 +83,7 @@ class KvOuterTiles:
     stages: int
     registers: int | None = None
     specialized: bool = False
+    dense_near: bool = False
 
 
 @dataclass(frozen=True)
@@ -345,8 +347,9 @@ class TunedEntry:
             KvOuterTiles(**tiles["kv_outer_backward"]),
             QueryOuterTiles(**tiles["query_outer"]),
         )
-        _check_tiles(chosen.kv_outer_forward, _can_specialize(shape) and shape.block_size == 64)
-        _check_tiles(chosen.kv_outer_backward, _can_specialize(shape))
+        near = shape.block_size <= MOST_NEAR_BLOCK_SIZE
+        _check_tiles(chosen.kv_outer_forward, _can_specialize(shape) and shape.block_size == 64, near)
+        _check_tiles(chosen.kv_outer_backward, _can_specialize(shape), False)
         _check_tiles(chosen.query_outer)
         ms = {
             str(schedule): {str(name): float(time) for name, time in times.items()}
@@ -405,6 +408,13 @@ def built_in_loop_order(shape: SelectedShape) -> str:
     return "query_outer" if shape.group >= QUERY_OUTER_FROM_GROUP else "kv_outer"
 
 
+# Slots of a selection from which near blocks have a kernel of their own, which costs as much as two slots do with the
+# others, or nearly three; measured with 16.
+LEAST_NEAR_SLOTS = 8
+# Blocks of which the kernel of near blocks holds three at once.
+MOST_NEAR_BLOCK_SIZE = 64
+
+
 def built_in_tiles(shape: SelectedShape) -> SelectedTiles:
     """The tiles for a shape that was not tuned."""
     dim = padded(max(shape.dim_k, shape.dim_v))
@@ -430,7 +440,12 @@ def built_in_tiles(shape: SelectedShape) -> SelectedTiles:
     if specialized and shape.block_size == 64:
         # Kernels of `selected_hopper`: 3.58 so; rows of a segment 2,048: 3.68, 8,192: 3.69. At 8,192 tokens 2,048 rows:
         # 0.401, 1,024: 0.404, 4,096: 0.423.
-        forward = replace(forward, segment_pairs=max(1, 2 * segment_rows // group), specialized=True)
+        # Near blocks by a kernel of their own: main kernel 2.95, that kernel 0.51, merge 2.07; without, 3.63 and 2.31.
+        # At 8,192 tokens 0.337, 0.068, 0.237; 0.41, 0.26. 64/4 heads 6.5, 0.92, 4.2; 8.2, 4.65. By the kernel for
+        # other devices 0.76, which does not pay.
+        near = shape.slots >= LEAST_NEAR_SLOTS
+        pairs = max(1, 2 * segment_rows // group)
+        forward = replace(forward, segment_pairs=pairs, specialized=True, dense_near=near)
     elif block == 128:
         forward = KvOuterTiles(64, 128, max(1, 2048 // group), 4, 2)
     elif block > 128:
@@ -511,12 +526,12 @@ def interval_schedule(
     # 8, 3: 3.35; 64, 64, 4, 2: 3.33.
     hopper = capability == 90 and _has_hopper_kernels(dim_k, dim_v, dtype)
     if windowed:
-        # Kernels of `interval_hopper`: 1.65, 1.90 and 2.11.
+        # Kernels of `interval_hopper`: 1.52, 1.76 and 2.15.
         forward, dq, dkv = IntervalTiles(64, 32, 4, 3, 168), IntervalTiles(64, 64, 4, 2), IntervalTiles(32, 64, 4, 3)
         return IntervalSchedule(*(replace(tiles, specialized=hopper) for tiles in (forward, dq, dkv)))
     # Compressed, windows of 32 / 16, forward: 4.32 so, without descriptors 4.95; 128, 128, 8, 3: 4.37; 128, 64, 8, 3:
     # 4.55. dQ: 5.35 so, without descriptors 5.43; 64, 64, 4, 2: 5.52. dK and dV: 9.30 so; 3 stages 9.74; 32, 128, 8, 4:
-    # 11.4; 64, 64, 4, 2: 13.1; 128, 128, 8, 2: 18.0. Kernels of `interval_hopper`: 3.99, 4.86 and 7.39.
+    # 11.4; 64, 64, 4, 2: 13.1; 128, 128, 8, 2: 18.0. Kernels of `interval_hopper`: 3.76, 4.82 and 7.4.
     forward, dq, dkv = IntervalTiles(64, 64, 4, 3), IntervalTiles(128, 64, 8, 3), IntervalTiles(64, 128, 8, 4)
     return IntervalSchedule(*(replace(tiles, specialized=hopper) for tiles in (forward, dq, dkv)))
 
@@ -645,13 +660,17 @@ def _by_length(entries: list[TunedEntry]) -> Iterable[tuple[int, int, TunedEntry
         yield max(start, -(-length // LENGTH_FACTOR)), min(end, length * LENGTH_FACTOR), entry
 
 
-def _check_tiles(tiles: KvOuterTiles | QueryOuterTiles, can_specialize: bool = True) -> None:
+def _check_tiles(tiles: KvOuterTiles | QueryOuterTiles, can_specialize: bool = True, can_near: bool = True) -> None:
     """Every tile is an integer that a kernel can be built for."""
     for name, size in asdict(tiles).items():
         if name == "specialized":
             fits = can_specialize and isinstance(tiles, KvOuterTiles) and (tiles.rows, tiles.keys) == (64, 64)
             if size is not False and not (size is True and fits):
                 raise bad(name, "true only for what `selected_hopper` has kernels for, false otherwise", size)
+            continue
+        if name == "dense_near":
+            if size is not False and not (size is True and can_near):
+                raise bad(name, "true only for the forward pass, of blocks of up to 64, false otherwise", size)
             continue
         if name == "registers" and size is None:
             continue

@@ -104,7 +104,7 @@ def attend_selected(
         return out, lse, *nothing(q)
     index = _index(shape, block_indices, k.shape[0], cu_seqlens, cu_seqlens_k, block_size, workspace_mib, saved)
     out, lse = launch_selected_fwd_kv_outer(
-        q, k, v, index, cu_seqlens, block_size, softmax_scale, tiles.kv_outer_forward, cu_seqlens_k
+        q, k, v, block_indices, index, cu_seqlens, block_size, softmax_scale, tiles.kv_outer_forward, cu_seqlens_k
     )
     if not save_index:
         return out, lse, *nothing(q)
