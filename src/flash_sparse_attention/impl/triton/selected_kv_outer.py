@@ -65,7 +65,8 @@ def launch_selected_fwd_kv_outer(
     specialized = specialized_kernels(tiles, q, k, v)
     descriptor = specialized and specialized.tile_descriptor(partial, 1)
     far = None
-    if tiles.dense_near:
+    # Tiles for Hopper count on its kernel of near blocks; the other one gains nothing there.
+    if tiles.dense_near and (specialized or not tiles.specialized):
         segments = index.far_segments(tiles.segment_pairs, cu_seqlens, block_size, cu_seqlens_k)
         far = launch_near(
             q, k, v, block_indices, index, out, lse, cu_seqlens, cu_seqlens_k, block_size, softmax_scale,
