@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from flash_sparse_attention import SequenceLayout, geometry, selected_attention
 from flash_sparse_attention.accuracy import Case, judge
 from triton_cases import config, random_selection
+
+if TYPE_CHECKING:
+    from flash_sparse_attention.impl.triton.inverted_index import InvertedIndex, Segments
 
 pytestmark = [
     pytest.mark.interpreter,
@@ -132,7 +136,7 @@ def test_index_against_counting_one_by_one(
     assert_segments(index, index.far_segments(7, *bounds), far)
 
 
-def assert_segments(index, segments, pairs: list[int]) -> None:  # type: ignore[no-untyped-def]
+def assert_segments(index: InvertedIndex, segments: Segments, pairs: list[int]) -> None:
     """They hold these pairs, at most 7 each."""
     chunks = index.chunks
     ends, cut_ends = segments.ends

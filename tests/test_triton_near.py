@@ -152,8 +152,10 @@ def test_a_negative_softmax_scale_and_the_gradients(monkeypatch: pytest.MonkeyPa
     given = [x.requires_grad_() for x in given]
     results = []
     for impl, loop_order in (("triton", "kv_outer"), ("reference", "auto")):
-        options = {"block_size": 16, "cu_seqlens": case.layout.cu_seqlens, "impl": impl, "loop_order": loop_order}
-        out, lse = selected_attention(*given, indices, softmax_scale=-0.3, **options)  # type: ignore[arg-type]
+        out, lse = selected_attention(
+            *given, indices, block_size=16, cu_seqlens=case.layout.cu_seqlens, softmax_scale=-0.3, impl=impl,
+            loop_order=loop_order,
+        )  # fmt: skip
         loss = (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum()
         loss = loss + lse.masked_fill(lse == -math.inf, 0.0).sin().sum()
         results.append([out.detach(), lse.detach(), *torch.autograd.grad(loss, given)])

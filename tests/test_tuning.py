@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 pytest.importorskip("triton")
 
-from flash_sparse_attention.impl.triton import measure, tuning
+from flash_sparse_attention.impl.triton import interval, measure, tuning
 from flash_sparse_attention.impl.triton.tuning import (
     KvOuterTiles,
     QueryOuterTiles,
@@ -531,3 +531,48 @@ def test_random_selections_are_eligible(slots):
 
 def test_tiles_are_hashable_and_frozen():
     assert len({TILES, dataclasses.replace(TILES)}) == 1
+
+
+class Recorder:
+    """A kernel that only notes that it was launched."""
+
+    def __init__(self, name, launched):
+        self.name, self.launched = name, launched
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.launched.append(self.name)
+
+
+@pytest.mark.parametrize(
+    ("window", "group", "tokens", "kernel"),
+    [
+        (512, 4, 700, "hopper"),
+        (512, 2, 700, "hopper"),
+        (512, 1, 700, "other"),
+        (0, 4, interval.LEAST_HOPPER_KEYS, "hopper"),
+        (0, 1, interval.LEAST_HOPPER_KEYS, "hopper"),
+        (0, 4, interval.LEAST_HOPPER_KEYS - 1, "other"),
+    ],
+)
+def test_which_intervals_take_the_forward_kernel_for_hopper(monkeypatch, window, group, tokens, kernel):
+    launched = []
+    hopper = types.SimpleNamespace(
+        FORWARD_ROWS=192,
+        FORWARD_OPTIONS={},
+        key_descriptors=lambda k, v: (None, None),
+        _interval_fwd_hopper_kernel=Recorder("hopper", launched),
+    )
+    monkeypatch.setattr(interval, "_specialized_kernels", lambda tiles, *tensors: hopper)
+    monkeypatch.setattr(interval, "_interval_fwd_kernel", Recorder("other", launched))
+    q, k = (torch.empty(tokens, heads, 64, dtype=torch.bfloat16, device="meta") for heads in (group, 1))
+    bounds = torch.empty(2, dtype=torch.int32, device="meta")
+    tiles = tuning.interval_schedule(64, 64, q.dtype, window > 0, 90).forward
+    assert tiles.specialized
+    interval.launch_interval_fwd(q, k, k, bounds, bounds, interval.IntervalSizes(1, 1, window, 0.1), tiles)
+    assert launched == [kernel]
+
+
+def test_shares_of_a_window_for_hopper():
+    # 8,192 tokens of 8 heads in tiles of 128 keys: sums of two shares would take longer than they save.
+    assert interval._shares(65 * 8, 1 << 24, True, specialized=True) == 1
+    assert interval._shares(65 * 8, 1 << 24, True) == 2

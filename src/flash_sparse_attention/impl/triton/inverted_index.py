@@ -46,7 +46,7 @@ SCATTER_ENTRIES = 64
 SCAN_RUNS, SCAN_BUCKETS = 256, 8
 SEGMENT_BUCKETS = 128
 SEGMENT_FIELDS = 5
-# Near blocks: those that NSA always selects.
+# Near blocks: those that NSA always selects. The kernels of `selected_near` and `near_hopper` are for these numbers.
 NEAR_INIT, NEAR_LOCAL = tl.constexpr(1), tl.constexpr(2)
 
 
@@ -467,7 +467,10 @@ def _bits(number):
 
 @triton.jit
 def is_near(block, own):
-    """Which entries are near, of those that count; `own` is the block of the query itself. Shapes broadcast."""
+    """Which entries are near, of those that count; `own` is the block of the query itself. Shapes broadcast.
+
+    The newest ones are those from geometry.first_local_block on.
+    """
     return (block < NEAR_INIT) | (block > own - NEAR_LOCAL)
 
 

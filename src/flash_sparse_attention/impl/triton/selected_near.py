@@ -13,8 +13,6 @@ has all query heads of 64 tokens, which read each near block once.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -35,9 +33,8 @@ from .primitives import (
     store_rows,
 )
 
-# Rows of a tile, warps, stages of the loop over tiles of rows, and registers of a thread at most (None: no bound).
+# Rows of a tile, warps, and stages of the loop over tiles of rows; 2 stages took 1.21 ms for 0.76 (H200).
 ROWS, WARPS, STAGES = 64, 4, 1
-REGISTERS: int | None = None
 # Entries that a program splits.
 SPLIT_ENTRIES = 1024
 
@@ -62,9 +59,6 @@ def launch_near(
     """
     (total_tokens, num_heads, dim_k), dim_v, chunks = q.shape, v.shape[2], index.chunks
     group, num_sequences, slots = num_heads // chunks.num_kv_heads, cu_seqlens.numel() - 1, padded(chunks.slots, 1)
-    options: dict[str, Any] = {"num_warps": WARPS}
-    if REGISTERS is not None and torch.version.hip is None:
-        options["maxnreg"] = REGISTERS
     far, selected = torch.empty_like(index.place), index.place.new_empty(index.place.shape[:2])
     tokens = max(1, SPLIT_ENTRIES // slots)
     _split_entries_kernel[(triton.cdiv(total_tokens, tokens), chunks.num_kv_heads)](
@@ -85,7 +79,7 @@ def launch_near(
     _selected_near_kernel[(chunks.num_blocks, chunks.num_kv_heads)](
         q, k, v, selected, cu_seqlens, cu_seqlens_k, out, lse, num_sequences, scale,
         q.stride(0), k.stride(0), v.stride(0), num_heads, group, dim_k, dim_v,
-        block_size, padded(block_size), rows, STAGES, **options,
+        block_size, padded(block_size), rows, STAGES, num_warps=WARPS,
     )  # fmt: skip
     return far
 
