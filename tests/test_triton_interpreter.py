@@ -134,29 +134,39 @@ def test_index_against_counting_one_by_one(
     assert 0 < len(far) < len(flat)
     assert_segments(index, index.segments(7), list(range(len(flat))))
     assert_segments(index, index.far_segments(7, *bounds), far)
+    # Of long sequences.
+    monkeypatch.setattr(inverted_index, "MAX_CLASSED", 0)
+    assert index.segments(7).classes == 1 < inverted_index.SEGMENT_CLASSES
+    assert_segments(index, index.far_segments(7, *bounds), far)
 
 
 def assert_segments(index: InvertedIndex, segments: Segments, pairs: list[int]) -> None:
-    """They hold these pairs, at most 7 each."""
-    chunks = index.chunks
-    ends, cut_ends = segments.ends
+    """They hold these pairs, at most 7 each, the large ones of a chunk first."""
+    chunks, classes = index.chunks, segments.classes
+    ends = segments.ends[: classes * segments.flat]
+    cut_ends = segments.ends[classes * segments.flat :].view(-1, chunks.buckets)
     table = segments.table[: int(ends[-1])].tolist()
     covered = sorted(pair for first, _, count, _, _ in table for pair in range(first, first + count))
     assert covered == pairs
     assert all(0 < count <= 7 for _, _, count, _, _ in table)
     begin = 0
-    for chunk_ends, chunk_cut_ends in zip(
-        ends.view(-1, chunks.buckets), cut_ends.view(-1, chunks.buckets), strict=True
-    ):
-        rows = table[begin : int(chunk_ends[-1])]
-        begin = int(chunk_ends[-1])
+    for chunk_ends, chunk_cut_ends in zip(ends.view(-1, classes, chunks.buckets), cut_ends, strict=True):
+        rows = table[begin : int(chunk_ends[-1, -1])]
         assert len(rows) <= segments.most_of_chunk
         assert len({first for _, first, _, _, _ in rows}) <= 1
-        # Segments of buckets that are cut are numbered; the others are alone in theirs.
+        for i in range(classes):
+            end = int(chunk_ends[i, -1])
+            counts = [count for _, _, count, _, _ in table[begin:end]]
+            assert all(count > 7 >> (i + 1) or i == classes - 1 for count in counts)
+            assert all(count <= 7 >> i for count in counts)
+            begin = end
+        # Segments of buckets that are cut are numbered, those of a bucket in a row; the others are alone in theirs.
         buckets = [bucket for _, _, _, bucket, _ in rows]
-        tiles = [tile for _, _, _, bucket, tile in rows if buckets.count(bucket) > 1]
-        assert tiles == list(range(len(tiles)))
+        tiles = sorted((tile, bucket, first) for first, _, _, bucket, tile in rows if buckets.count(bucket) > 1)
+        assert [tile for tile, _, _ in tiles] == list(range(len(tiles)))
         assert len(tiles) <= segments.most_tiles
+        assert [bucket for _, bucket, _ in tiles] == sorted(bucket for _, bucket, _ in tiles)
+        assert [first for _, _, first in tiles] == [first for _, first in sorted(tile[1:] for tile in tiles)]
         assert all(tile == -1 for _, _, _, bucket, tile in rows if buckets.count(bucket) == 1)
         assert int(chunk_cut_ends[-1]) >= len(tiles)
 

@@ -46,6 +46,9 @@ SCATTER_ENTRIES = 64
 SCAN_RUNS, SCAN_BUCKETS = 256, 8
 SEGMENT_BUCKETS = 128
 SEGMENT_FIELDS = 5
+# Programs that start last should be short ones. Beyond so many (chunk, bucket), which are short then, the counters of
+# the classes would take memory for nothing.
+SEGMENT_CLASSES, MAX_CLASSED = 4, 1 << 18
 # Near blocks: those that NSA always selects. The kernels of `selected_near` and `near_hopper` are for these numbers.
 NEAR_INIT, NEAR_LOCAL = tl.constexpr(1), tl.constexpr(2)
 
@@ -183,16 +186,17 @@ class InvertedIndex:
     ) -> Segments:
         chunks = self.chunks
         flat = chunks.head_chunks * chunks.token_chunks * chunks.buckets
-        counts = torch.empty((2, flat), dtype=torch.int32, device=self.pairs.device)
+        classes = SEGMENT_CLASSES if flat <= MAX_CLASSED else 1
+        counts = torch.empty((classes + 1) * flat, dtype=torch.int32, device=self.pairs.device)
         given = self.bucket_ends, pairs, cu_seqlens, cu_seqlens_k
         sizes = (
-            flat, chunks.buckets, chunks.head_chunks, chunks.token_chunks, segment_pairs,
+            flat, chunks.buckets, chunks.head_chunks, chunks.token_chunks, segment_pairs, classes,
             0 if cu_seqlens is None else cu_seqlens.numel() - 1, chunks.num_blocks,
         )  # fmt: skip
         grid = (triton.cdiv(flat, SEGMENT_BUCKETS),)
         _count_segments_kernel[grid](*given, counts, *sizes, block_size, SEGMENT_BUCKETS)
-        # One sum over both rows: of the second only differences count.
-        ends = torch.cumsum(counts.view(-1), 0, dtype=torch.int32).view(2, flat)
+        # One sum over both: of the tiles only differences count.
+        ends = torch.cumsum(counts, 0, dtype=torch.int32)
         # In any chunk a bucket has a segment that is not full at most once.
         most = self.pairs.numel() // segment_pairs + min(flat, self.pairs.numel())
         table = torch.empty((most, SEGMENT_FIELDS), dtype=torch.int32, device=self.pairs.device)
@@ -200,28 +204,32 @@ class InvertedIndex:
         most_of_chunk = chunks.pairs // segment_pairs + min(chunks.buckets, chunks.pairs)
         # A bucket that is cut fills a segment at least, and has at most one that is not full: twice as many at most.
         most_tiles = max(1, min(most_of_chunk, 2 * (chunks.pairs // segment_pairs)))
-        return Segments(table, ends, most_of_chunk, most_tiles, segment_pairs)
+        return Segments(table, ends, classes, flat, most_of_chunk, most_tiles)
 
 
 @dataclass(frozen=True)
 class Segments:
-    """The segments of all chunks, chunk after chunk.
+    """The segments of all chunks, chunk after chunk; in a chunk by the classes of their pairs, the large ones first.
 
     Attributes:
         table: first pair, first pair of the chunk, pairs, bucket (of all), and the number of the segment among those of
-            the chunk whose buckets are cut, -1 where it is alone in its bucket; int32 `[S, 5]`.
-        ends: one past the last segment of each (chunk, bucket of the chunk), and the same counting only the segments of
-            buckets that are cut, on top of all segments, int32 `[2, ...]`.
+            the chunk whose buckets are cut, -1 where it is alone in its bucket; int32 `[S, 5]`. The numbers of a bucket
+            follow each other.
+        ends: one past the last segment of each (chunk, class, bucket of the chunk); behind those, for each (chunk,
+            bucket of the chunk), the same counting only the segments of buckets that are cut, on top of all segments;
+            int32.
+        classes: of pairs: class i has more than `segment_pairs / 2**(i + 1)`, the last one all others.
+        flat: number of (chunk, bucket of the chunk).
         most_of_chunk: upper bound of the segments of a chunk, which is the grid of its main kernel.
         most_tiles: upper bound of the segments of a chunk whose buckets are cut.
-        segment_pairs: pairs of a segment at most.
     """
 
     table: Tensor
     ends: Tensor
+    classes: int
+    flat: int
     most_of_chunk: int
     most_tiles: int
-    segment_pairs: int
 
 
 def mark_valid(
@@ -509,9 +517,20 @@ def _pairs_to_cut(
     return bucket, begin, end, first
 
 
+@triton.jit
+def _cut_pairs(pairs, segment_pairs, classes):
+    """Full segments of each bucket, the pairs of its last segment if that is not full, and the class of that."""
+    full, rest = pairs // segment_pairs, pairs % segment_pairs
+    rest_class = rest * 0
+    for i in range(1, classes):
+        rest_class += (rest <= (segment_pairs >> i)).to(tl.int32)
+    return full, rest, rest_class
+
+
 @triton.jit(
     do_not_specialize=[
-        "num_flat", "buckets", "head_chunks", "token_chunks", "segment_pairs", "num_sequences", "num_blocks"
+        "num_flat", "buckets", "head_chunks", "token_chunks", "segment_pairs", "classes", "num_sequences",
+        "num_blocks",
     ]
 )  # fmt: skip
 def _count_segments_kernel(
@@ -525,6 +544,7 @@ def _count_segments_kernel(
     head_chunks,
     token_chunks,
     segment_pairs,
+    classes,
     num_sequences,
     num_blocks,
     BLOCK_SIZE: tl.constexpr,
@@ -533,8 +553,8 @@ def _count_segments_kernel(
     """Counts the segments of each (chunk, bucket of the chunk), of all pairs or, with `pairs_ptr`, of the far ones.
 
     Grid: (tile of them,).
-    Owns: their counts, of all segments and of those of buckets that are cut.
-    Invariant: no loop.
+    Owns: their counts, of the segments of each class and of those of buckets that are cut; see `Segments`.
+    Invariant: after n steps, the counts of the first n classes are written.
     """
     flat = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = flat < num_flat
@@ -542,14 +562,19 @@ def _count_segments_kernel(
         flat, bucket_end_ptr, pairs_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, buckets, head_chunks, token_chunks,
         num_sequences, num_blocks, mask, BLOCK_SIZE,
     )  # fmt: skip
-    count = (end - begin + segment_pairs - 1) // segment_pairs
-    tl.store(count_ptr + flat, count, mask=mask)
-    tl.store(count_ptr + num_flat + flat, tl.where(count > 1, count, 0), mask=mask)
+    full, rest, rest_class = _cut_pairs(end - begin, segment_pairs, classes)
+    at = flat // buckets * (classes * buckets) + flat % buckets
+    for i in range(classes):
+        of_class = tl.where(rest_class == i, tl.minimum(rest, 1), 0) + tl.where(i == 0, full, 0)
+        tl.store(count_ptr + at + i * buckets, of_class, mask=mask)
+    count = full + tl.minimum(rest, 1)
+    tl.store(count_ptr + classes * num_flat + flat, tl.where(count > 1, count, 0), mask=mask)
 
 
 @triton.jit(
     do_not_specialize=[
-        "num_flat", "buckets", "head_chunks", "token_chunks", "segment_pairs", "num_sequences", "num_blocks"
+        "num_flat", "buckets", "head_chunks", "token_chunks", "segment_pairs", "classes", "num_sequences",
+        "num_blocks",
     ]
 )  # fmt: skip
 def _fill_segments_kernel(
@@ -564,6 +589,7 @@ def _fill_segments_kernel(
     head_chunks,
     token_chunks,
     segment_pairs,
+    classes,
     num_sequences,
     num_blocks,
     BLOCK_SIZE: tl.constexpr,
@@ -582,13 +608,16 @@ def _fill_segments_kernel(
         flat, bucket_end_ptr, pairs_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, buckets, head_chunks, token_chunks,
         num_sequences, num_blocks, mask, BLOCK_SIZE,
     )  # fmt: skip
-    count = (end - begin + segment_pairs - 1) // segment_pairs
-    first = tl.load(segment_end_ptr + flat, mask=mask, other=0) - count
-    first_tile = tl.load(segment_end_ptr + num_flat + flat, mask=mask, other=0) - count
-    before = flat // buckets * buckets - 1
-    first_tile -= tl.load(segment_end_ptr + num_flat + before, mask=mask, other=0)
+    full, rest, rest_class = _cut_pairs(end - begin, segment_pairs, classes)
+    count = full + tl.minimum(rest, 1)
+    at = flat // buckets * (classes * buckets) + flat % buckets
+    first = tl.load(segment_end_ptr + at, mask=mask, other=0) - tl.where(rest_class == 0, count, full)
+    last = tl.load(segment_end_ptr + at + rest_class * buckets, mask=mask, other=0) - 1
+    tile_end_ptr = segment_end_ptr + classes * num_flat
+    first_tile = tl.load(tile_end_ptr + flat, mask=mask, other=0) - count
+    first_tile -= tl.load(tile_end_ptr + flat // buckets * buckets - 1, mask=mask, other=0)
     for i in range(0, tl.max(count, 0)):
-        row = table_ptr + (first + i).to(tl.int64) * FIELDS
+        row = table_ptr + tl.where(i < full, first + i, last).to(tl.int64) * FIELDS
         here = mask & (i < count)
         pair = begin + i * segment_pairs
         tl.store(row, pair, mask=here)

@@ -15,10 +15,13 @@ FIELDS = tl.constexpr(SEGMENT_FIELDS)
 
 
 @triton.jit
-def segment_of_program(table_ptr, ends_ptr, first_flat, buckets):
-    """First pair (of all, and of the chunk), pairs, bucket and tile of this program's segment; it may have no pairs."""
-    segment = tl.program_id(0) + tl.load(ends_ptr + first_flat - 1, mask=first_flat > 0, other=0)
-    exists = segment < tl.load(ends_ptr + first_flat + buckets - 1)
+def segment_of_program(table_ptr, ends_ptr, first_place, places):
+    """First pair (of all, and of the chunk), pairs, bucket and tile of this program's segment; it may have no pairs.
+
+    The chunk has `places` ends, the first at `first_place`.
+    """
+    segment = tl.program_id(0) + tl.load(ends_ptr + first_place - 1, mask=first_place > 0, other=0)
+    exists = segment < tl.load(ends_ptr + first_place + places - 1)
     row = table_ptr + segment.to(tl.int64) * FIELDS  # see Segments
     first_pair = tl.load(row, mask=exists, other=0)
     in_chunk = first_pair - tl.load(row + 1, mask=exists, other=0)

@@ -196,7 +196,7 @@ def _consume_forward(k_s, v_s, q_s, token_s, out_s, full, empty, ready, descript
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_sequences", "num_blocks", "first_flat", "buckets"])
+@gluon.jit(do_not_specialize=["num_sequences", "num_blocks", "first_place", "places"])
 def _selected_fwd_hopper_kernel(
     q_ptr,
     k_ptr,
@@ -211,8 +211,8 @@ def _selected_fwd_hopper_kernel(
     cu_seqlens_k_ptr,
     num_sequences,
     num_blocks,
-    first_flat,
-    buckets,
+    first_place,
+    places,
     scale,
     STRIDE_Q: gl.constexpr,
     STRIDE_K: gl.constexpr,
@@ -228,7 +228,7 @@ def _selected_fwd_hopper_kernel(
     Invariant: after n steps of the consumer, the rows of the first n tiles are stored or on their way.
     """
     STAGES: gl.constexpr = FORWARD_STAGES
-    first_pair, in_chunk, pairs, bucket, _ = segment_of_program(segments_ptr, segment_ends_ptr, first_flat, buckets)
+    first_pair, in_chunk, pairs, bucket, _ = segment_of_program(segments_ptr, segment_ends_ptr, first_place, places)
     if pairs == 0:
         return
     head = bucket // num_blocks
@@ -390,7 +390,7 @@ def _consume_backward(
 
 @gluon.jit(
     do_not_specialize=[
-        "num_sequences", "num_blocks", "first_flat", "buckets", "first_head", "chunk_heads", "add", "last"
+        "num_sequences", "num_blocks", "first_place", "places", "first_head", "chunk_heads", "add", "last"
     ]
 )  # fmt: skip
 def _selected_bwd_hopper_kernel(
@@ -415,8 +415,8 @@ def _selected_bwd_hopper_kernel(
     cu_seqlens_k_ptr,
     num_sequences,
     num_blocks,
-    first_flat,
-    buckets,
+    first_place,
+    places,
     first_head,
     chunk_heads,
     add,
@@ -443,7 +443,7 @@ def _selected_bwd_hopper_kernel(
     HEADS: gl.constexpr = NUM_HEADS // GROUP
     LIFT: gl.constexpr = lift(q_ptr.dtype.element_ty)
     PARTS: gl.constexpr = BLOCK_SIZE // EDGE
-    first_pair, in_chunk, pairs, bucket, tile = segment_of_program(segments_ptr, segment_ends_ptr, first_flat, buckets)
+    first_pair, in_chunk, pairs, bucket, tile = segment_of_program(segments_ptr, segment_ends_ptr, first_place, places)
     if pairs == 0:
         return
     part, head = gl.program_id(1), bucket // num_blocks

@@ -77,7 +77,8 @@ def launch_selected_fwd_kv_outer(
     for number, first_head, first_token, tokens in chunks:
         grid = (segments.most_of_chunk,)
         lists = index.pairs, segments.table, segments.ends, cu_seqlens, cu_seqlens_k
-        common = cu_seqlens.numel() - 1, chunks.num_blocks, number * chunks.buckets, chunks.buckets, softmax_scale
+        places = chunks.buckets * segments.classes
+        common = cu_seqlens.numel() - 1, chunks.num_blocks, number * places, places, softmax_scale
         strides = q.stride(0), k.stride(0), v.stride(0)
         if specialized:
             specialized._selected_fwd_hopper_kernel[grid](
@@ -154,7 +155,7 @@ def _hide(x, token, first_viewer, other):
     return tl.where(first_viewer[None, :] <= token[:, None].to(tl.int32), x, other)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_blocks", "first_flat", "buckets"])
+@triton.jit(do_not_specialize=["num_sequences", "num_blocks", "first_place", "places"])
 def _selected_fwd_kv_outer_kernel(
     q_ptr,
     k_ptr,
@@ -168,8 +169,8 @@ def _selected_fwd_kv_outer_kernel(
     cu_seqlens_k_ptr,
     num_sequences,
     num_blocks,
-    first_flat,
-    buckets,
+    first_place,
+    places,
     scale,
     STRIDE_Q: tl.constexpr,
     STRIDE_K: tl.constexpr,
@@ -191,7 +192,7 @@ def _selected_fwd_kv_outer_kernel(
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     PADDED_K: tl.constexpr = padded_dim(DIM_K)
     PADDED_V: tl.constexpr = padded_dim(DIM_V)
-    first_pair, in_chunk, pairs, bucket = segment_of_program(segments_ptr, segment_ends_ptr, first_flat, buckets)[:4]
+    first_pair, in_chunk, pairs, bucket = segment_of_program(segments_ptr, segment_ends_ptr, first_place, places)[:4]
     if pairs == 0:
         return
     head = bucket // num_blocks
@@ -287,7 +288,8 @@ def launch_selected_bwd_kv_outer(
         given = q, k, v, d_out, shift, delta
         results = partial, dk_tiles, dv_tiles, dk_sum, dv_sum, dk, dv
         lists = index.pairs, segments.table, segments.ends, cu_seqlens, cu_seqlens_k
-        common = cu_seqlens.numel() - 1, chunks.num_blocks, number * chunks.buckets, chunks.buckets
+        blocks, places = (cu_seqlens.numel() - 1, chunks.num_blocks), chunks.buckets * segments.classes
+        common = *blocks, number * places, places
         share = first_head, chunks.heads, int(first_token > 0), last
         strides = q.stride(0), k.stride(0), v.stride(0), d_out.stride(0)
         if specialized:
@@ -300,14 +302,11 @@ def launch_selected_bwd_kv_outer(
                 *given, *results, *lists, *common, *share, softmax_scale, *strides, num_heads, group, dim_k, dim_v,
                 block_size, dq is not None, tiles.rows, tiles.keys, tiles.stages, **launch_options(tiles),
             )  # fmt: skip
-        for tiles_f32, total, grad, dim, scale in (
-            (dk_tiles, dk_sum, dk, dim_k, softmax_scale),
-            (dv_tiles, dv_sum, dv, dim_v, 1.0),
-        ):
-            _sum_segments_kernel[(chunks.buckets, triton.cdiv(block_size, SUM_KEYS))](
-                tiles_f32, total, grad, segments.ends, key_bounds, *common, *share, segments.ends.shape[1], scale,
-                num_kv_heads, dim, block_size, parts * tiles.keys, SUM_KEYS,
-            )  # fmt: skip
+        _sum_segments_kernel[(chunks.buckets, triton.cdiv(block_size, SUM_KEYS), 2)](
+            dk_tiles, dv_tiles, dk_sum, dv_sum, dk, dv, segments.ends, key_bounds, *blocks,
+            number * chunks.buckets, chunks.buckets, *share, segments.classes, segments.flat, softmax_scale,
+            num_kv_heads, dim_k, dim_v, block_size, parts * tiles.keys, SUM_KEYS,
+        )  # fmt: skip
         if dq is not None:
             launch_merge(partial, None, index, dq, None, softmax_scale, first_head, first_token, tokens, parts)
     return dk, dv
@@ -321,7 +320,7 @@ FLOAT32_SUMS = 1 << 25
 
 @triton.jit(
     do_not_specialize=[
-        "num_sequences", "num_blocks", "first_flat", "buckets", "first_head", "chunk_heads", "add", "last"
+        "num_sequences", "num_blocks", "first_place", "places", "first_head", "chunk_heads", "add", "last"
     ]
 )  # fmt: skip
 def _selected_bwd_kv_outer_kernel(
@@ -345,8 +344,8 @@ def _selected_bwd_kv_outer_kernel(
     cu_seqlens_k_ptr,
     num_sequences,
     num_blocks,
-    first_flat,
-    buckets,
+    first_place,
+    places,
     first_head,
     chunk_heads,
     add,
@@ -377,7 +376,7 @@ def _selected_bwd_kv_outer_kernel(
     PADDED_K: tl.constexpr = padded_dim(DIM_K)
     HEADS: tl.constexpr = NUM_HEADS // GROUP
     PADDED_V: tl.constexpr = padded_dim(DIM_V)
-    first_pair, in_chunk, pairs, bucket, tile = segment_of_program(segments_ptr, segment_ends_ptr, first_flat, buckets)
+    first_pair, in_chunk, pairs, bucket, tile = segment_of_program(segments_ptr, segment_ends_ptr, first_place, places)
     if pairs == 0:
         return
     part = tl.program_id(1)
@@ -432,16 +431,37 @@ def _selected_bwd_kv_outer_kernel(
         add_up(dv, dv_sum_ptr, dv_ptr, *own, HEADS, DIM_V)
 
 
+@triton.jit
+def _sum_tiles(
+    tiles_ptr, sum_ptr, grad_ptr, begin, end, key, in_block, mask, head, first_head, chunk_heads, add, last, scale,
+    HEADS: tl.constexpr, DIM: tl.constexpr, TILE_KEYS: tl.constexpr,
+):  # fmt: skip
+    """The sum of the tiles from `begin` to `end`, to where `add_up` stores it.
+
+    Invariant: after n steps, `total` holds the first n tiles.
+    """
+    offs = tl.arange(0, padded_dim(DIM))
+    total = tl.zeros([key.shape[0], offs.shape[0]], tl.float32)
+    for tile in tl.range(begin, end):
+        total += load_rows(tiles_ptr, (tile.to(tl.int64) * TILE_KEYS + in_block) * DIM, mask, DIM, offs.shape[0])
+    add_up(
+        total, sum_ptr, grad_ptr, key, offs, mask, head, first_head, chunk_heads, add, last, scale, HEADS, DIM
+    )  # fmt: skip
+
+
 @triton.jit(
     do_not_specialize=[
-        "num_sequences", "num_blocks", "first_flat", "buckets", "first_head", "chunk_heads", "add", "last",
+        "num_sequences", "num_blocks", "first_flat", "buckets", "first_head", "chunk_heads", "add", "last", "classes",
         "num_flat",
     ]
 )  # fmt: skip
 def _sum_segments_kernel(
-    tiles_ptr,
-    sum_ptr,
-    grad_ptr,
+    dk_tiles_ptr,
+    dv_tiles_ptr,
+    dk_sum_ptr,
+    dv_sum_ptr,
+    dk_ptr,
+    dv_ptr,
     segment_ends_ptr,
     key_bounds_ptr,
     num_sequences,
@@ -452,38 +472,44 @@ def _sum_segments_kernel(
     chunk_heads,
     add,
     last,
+    classes,
     num_flat,
     scale,
     HEADS: tl.constexpr,
-    DIM: tl.constexpr,
+    DIM_K: tl.constexpr,
+    DIM_V: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE_KEYS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
     """Sums the tiles of a bucket's segments, if it has several, or none; a lone one adds up by itself.
 
-    Grid: (bucket of the chunk, tile of the keys of its block).
-    Owns: grad and the sum at its keys, by plain stores.
-    Invariant: after n steps, `total` holds the first n segments.
+    Grid: (bucket of the chunk, tile of the keys of its block, dk or dv).
+    Owns: dk or dv at its keys, and their sum, by plain stores.
+    Invariant: after n steps, `segments` counts those of the first n classes.
     """
-    PADDED: tl.constexpr = padded_dim(DIM)
     bucket = tl.program_id(0)
-    before = first_flat + bucket - 1
-    segments = tl.load(segment_ends_ptr + before + 1)
-    segments -= tl.load(segment_ends_ptr + before, mask=before >= 0, other=0)
+    segments = 0
+    for i in range(classes):
+        last_flat = (first_flat // buckets * classes + i) * buckets + bucket
+        segments += tl.load(segment_ends_ptr + last_flat)
+        segments -= tl.load(segment_ends_ptr + last_flat - 1, mask=last_flat > 0, other=0)
     if segments == 1:
         return
     block_start, key_end, _ = block_bounds(bucket % num_blocks, key_bounds_ptr, num_sequences, BLOCK_SIZE)
     in_block = tl.program_id(1) * KEYS + tl.arange(0, KEYS)
     key = block_start + in_block
     mask = (in_block < BLOCK_SIZE) & (key < key_end)
-    tile_ends_ptr = segment_ends_ptr + num_flat
-    end = tl.load(tile_ends_ptr + before + 1) - tl.load(tile_ends_ptr + first_flat - 1)
-    total = tl.zeros([KEYS, PADDED], tl.float32)
-    for tile in tl.range(end - segments, end):
-        total += load_rows(tiles_ptr, (tile.to(tl.int64) * TILE_KEYS + in_block) * DIM, mask, DIM, PADDED)
+    tile_ends_ptr = segment_ends_ptr + classes * num_flat
+    end = tl.load(tile_ends_ptr + first_flat + bucket) - tl.load(tile_ends_ptr + first_flat - 1)
     head = first_head + bucket // num_blocks
-    offs = tl.arange(0, PADDED)
-    add_up(
-        total, sum_ptr, grad_ptr, key, offs, mask, head, first_head, chunk_heads, add, last, scale, HEADS, DIM
-    )  # fmt: skip
+    if tl.program_id(2) == 0:
+        _sum_tiles(
+            dk_tiles_ptr, dk_sum_ptr, dk_ptr, end - segments, end, key, in_block, mask, head, first_head, chunk_heads,
+            add, last, scale, HEADS, DIM_K, TILE_KEYS,
+        )  # fmt: skip
+    else:
+        _sum_tiles(
+            dv_tiles_ptr, dv_sum_ptr, dv_ptr, end - segments, end, key, in_block, mask, head, first_head, chunk_heads,
+            add, last, 1.0, HEADS, DIM_V, TILE_KEYS,
+        )  # fmt: skip

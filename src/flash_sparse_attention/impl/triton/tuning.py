@@ -439,12 +439,12 @@ def built_in_tiles(shape: SelectedShape) -> SelectedTiles:
     specialized = _can_specialize(shape) and device_capability() == 90
     if specialized and shape.block_size == 64:
         # Kernels of `selected_hopper`: 3.58 so; rows of a segment 2,048: 3.68, 8,192: 3.69. At 8,192 tokens 2,048 rows:
-        # 0.401, 1,024: 0.404, 4,096: 0.423.
+        # 0.401, 1,024: 0.404, 4,096: 0.423. With 64/4 heads the whole forward pass 12.00, 2,048 rows: 12.05.
         # Near blocks by a kernel of their own: main kernel 2.95, that kernel 0.51, merge 2.07; without, 3.63 and 2.31.
         # At 8,192 tokens 0.337, 0.068, 0.237; 0.41, 0.26. 64/4 heads 6.5, 0.92, 4.2; 8.2, 4.65. By the kernel for
         # other devices 0.76, which does not pay.
         near = shape.slots >= LEAST_NEAR_SLOTS
-        pairs = max(1, 2 * segment_rows // group)
+        pairs = max(1, (4096 if rows >= 1 << 24 else 2048) // group)
         forward = replace(forward, segment_pairs=pairs, specialized=True, dense_near=near)
     elif block == 128:
         forward = KvOuterTiles(64, 128, max(1, 2048 // group), 4, 2)
@@ -452,11 +452,12 @@ def built_in_tiles(shape: SelectedShape) -> SelectedTiles:
         forward = KvOuterTiles(64, 64, max(1, 2048 // group), 4, 1)
     # Backward, main kernel and sum over segments: 10.12 so; rows of a segment 4,096: 10.57, 2,048: 11.55. Main kernel
     # alone: 9.5 to 9.9 so, 1 stage 10.9, 3 stages 15.7, 32 rows 10.8, 8 warps 13.6. At 8,192 tokens, both: 4,096 rows
-    # 1.26, 2,048: 1.21, 8,192: 1.57. Kernels of `selected_hopper`, both: 6.6 so, 4,096 rows: 7.0. At 8,192 tokens 4,096
-    # rows: 0.67, 2,048: 0.74, 8,192: 0.74.
+    # 1.26, 2,048: 1.21, 8,192: 1.57. Kernels of `selected_hopper`, the whole backward pass: 8.83 so, rows of a segment
+    # 8,192: 8.95, 4,096: 9.17; at 8,192 tokens 8,192 rows: 1.010, 4,096: 1.024, 2,048: 1.08. Blocks of 128: 8,192 rows
+    # 4.58, 4,096: 4.68, 16,384: 5.31.
     # Parts of 64 keys have programs of their own.
     enough = rows * (shape.block_size // 64) >= 1 << 24 if specialized else rows >= 1 << 24 and block <= 64
-    segment_rows = 8192 if enough else 4096
+    segment_rows = (8192 if enough else 4096) * (2 if specialized and shape.block_size == 64 else 1)
     backward = KvOuterTiles(64, min(64, block), max(1, segment_rows // group), 4, 2, specialized=specialized)
     return SelectedTiles(forward, backward, QueryOuterTiles(min(64, block), 2, 2))
 
