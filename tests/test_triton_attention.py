@@ -142,9 +142,11 @@ def test_nan_of_another_sequence_stays_there():
     assert (block_indices <= 1).all()
 
 
-def test_computed_again_is_the_same():
+@pytest.mark.parametrize("gate_heads", [1, 4])
+def test_computed_again_is_the_same(gate_heads: int, monkeypatch: pytest.MonkeyPatch):
+    delta = importlib.import_module("flash_sparse_attention.impl.triton.delta")
     q, k, v = draw(24, 24)
-    gates = torch.randn(24, 1, 3, requires_grad=True)
+    gates = torch.randn(24, gate_heads, 3, requires_grad=True)
     layout = SequenceLayout.from_lengths([15, 9])
 
     def gradients(recompute: tuple[str, ...] | str) -> list[Tensor]:
@@ -152,8 +154,11 @@ def test_computed_again_is_the_same():
         return [out, *torch.autograd.grad(out.square().sum(), (q, k, v, gates))]
 
     kept = gradients(())
-    for recompute in ("window", ("compressed", "selected", "index")):
-        assert all(torch.equal(a, b) for a, b in zip(gradients(recompute), kept, strict=True))
+    # And a branch at a time, as for long sequences.
+    for rows in (delta.ROWS_AT_ONCE, 0):
+        monkeypatch.setattr(delta, "ROWS_AT_ONCE", rows)
+        for recompute in ((), "window", ("compressed", "selected", "index")):
+            assert all(torch.equal(a, b) for a, b in zip(gradients(recompute), kept, strict=True))
     with pytest.raises(ValueError, match="recompute must be one of"):
         gradients("gates")
 

@@ -35,30 +35,51 @@ def launch_shifts(d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor) -> tup
     return shift, delta
 
 
+# Rows, (token, query head), up to which shift and delta of all branches are kept at once: 24 bytes a row.
+ROWS_AT_ONCE = 1 << 23
+
+
+def branches_at_once(rows: int) -> tuple[range, ...]:
+    """Of compressed, selected and window, the branches whose shift and delta are computed together, selected first."""
+    return (range(3),) if rows <= ROWS_AT_ONCE else (range(1, 2), range(2, 3), range(1))
+
+
+def shift_bytes(rows: int) -> int:
+    """What shift and delta take of the workspace at a time."""
+    return 2 * 4 * rows * len(branches_at_once(rows)[0])
+
+
 def launch_gated_shifts(
-    d_out: Tensor, outs: tuple[Tensor, Tensor, Tensor], lses: tuple[Tensor, Tensor, Tensor], gates: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """shift and delta of three gated branches, float32 `[3, at least N * Hq]`, and the gradient of the gates.
+    d_out: Tensor, outs: list[Tensor], lses: list[Tensor], gates: Tensor, d_gates: Tensor, branches: range
+) -> tuple[Tensor, Tensor]:
+    """shift and delta of gated branches, float32 `[branches, at least N * Hq]`; the gradient of their gates.
 
     Args:
         d_out: `[N, Hq, Dv]`, of the gated sum.
-        outs: outputs of the branches `[N, Hq, Dv]`.
+        outs: outputs of these branches `[N, Hq, Dv]`.
         lses: their lse `[N, Hq]`.
         gates: `[N, Hq, 3]` or `[N, 1, 3]`, before the sigmoid.
+        d_gates: of the shape of `gates`; receives what these branches have of it.
+        branches: their numbers, consecutive ones.
     """
     total_tokens, num_heads, dim = outs[0].shape
-    gates = gates.contiguous()
+    gates, first, count = gates.contiguous(), branches[0], len(branches)
     # Rows that begin at multiples of 16 bytes: kernels are compiled for those.
     branch_stride = triton.cdiv(total_tokens * num_heads, 4) * 4
-    shift, delta = (lses[0].new_empty(3, branch_stride) for _ in range(2))
-    d_gates = lses[0].new_empty(total_tokens, num_heads, 3)
+    shift, delta = (lses[0].new_empty(count, branch_stride) for _ in range(2))
+    # One gate for all heads collects the gradients of all.
+    shared = gates.shape[1] < num_heads
+    of_heads = lses[0].new_empty(total_tokens, num_heads, count) if shared else d_gates
+    # The others are not read.
+    outs, lses = [*outs, *[outs[0]] * (3 - count)], [*lses, *[lses[0]] * (3 - count)]
     rows = _rows(outs[0])
     _gated_shifts_kernel[(triton.cdiv(total_tokens * num_heads, rows),)](
-        d_out, *outs, *lses, gates, shift, delta, d_gates, total_tokens * num_heads, branch_stride, d_out.stride(0),
-        num_heads, gates.shape[1], dim, rows,
+        d_out, *outs, *lses, gates, shift, delta, of_heads, total_tokens * num_heads, branch_stride,
+        d_out.stride(0), first, count, of_heads.shape[2], 0 if shared else first, num_heads, gates.shape[1], dim, rows,
     )  # fmt: skip
-    # One gate for all heads collects the gradients of all.
-    return shift, delta, d_gates.sum_to_size(gates.shape).to(gates.dtype)
+    if shared:
+        d_gates[:, :, first : first + count] = of_heads.sum_to_size(total_tokens, gates.shape[1], count)
+    return shift, delta
 
 
 @triton.jit
@@ -115,7 +136,9 @@ def _shifts_kernel(
     tl.store(shift_ptr + row, _exponent(lse, out_ptr.dtype.element_ty == tl.float32), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows", "branch_stride"])
+@triton.jit(
+    do_not_specialize=["num_rows", "branch_stride", "first_branch", "branches", "columns", "first_column"]
+)  # fmt: skip
 def _gated_shifts_kernel(
     d_out_ptr,
     out_0_ptr,
@@ -131,12 +154,16 @@ def _gated_shifts_kernel(
     num_rows,
     branch_stride,
     stride_do,
+    first_branch,
+    branches,
+    columns,
+    first_column,
     NUM_HEADS: tl.constexpr,
     GATE_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """shift and delta of each (branch, token, head), and the gradient of its gate.
+    """shift and delta of each (branch, token, head), and the gradient of its gate, of one branch or several.
 
     Grid: (tile of rows,).
     Owns: shift, delta and d_gates of its rows, by plain stores.
@@ -148,10 +175,13 @@ def _gated_shifts_kernel(
     mask = row < num_rows
     token, head = row // NUM_HEADS, row % NUM_HEADS
     do = load_rows(d_out_ptr, token * stride_do + head * DIM, mask, DIM, PADDED)
-    gates_ptr += (token * GATE_HEADS + head % GATE_HEADS) * 3
+    gates_ptr += (token * GATE_HEADS + head % GATE_HEADS) * 3 + first_branch
+    d_gates_ptr += row * columns + first_column
     for branch in tl.static_range(3):
         out_ptr = out_0_ptr if branch == 0 else (out_1_ptr if branch == 1 else out_2_ptr)
         lse_ptr = lse_0_ptr if branch == 0 else (lse_1_ptr if branch == 1 else lse_2_ptr)
+        # Loads of all branches are asked for at once, which they were not behind a condition.
+        mask = mask & (branch < branches)
         out = load_rows(out_ptr, row * DIM, mask, DIM, PADDED)
         delta = _row_products(do, out, ROWS)
         gate = tl.load(gates_ptr + branch, mask=mask, other=0.0).to(tl.float32)
@@ -162,4 +192,5 @@ def _gated_shifts_kernel(
         at = branch * branch_stride.to(tl.int64) + row
         tl.store(shift_ptr + at, _exponent(lse, EXACT) - (log_weight if EXACT else log_weight * LOG2_E), mask=mask)
         tl.store(delta_ptr + at, delta, mask=mask)
-        tl.store(d_gates_ptr + row * 3 + branch, delta * weight * (1.0 - weight), mask=mask)
+        d_gate = delta * weight * (1.0 - weight)
+        tl.store(d_gates_ptr + branch, d_gate.to(d_gates_ptr.dtype.element_ty), mask=mask)

@@ -46,9 +46,9 @@ SCATTER_ENTRIES = 64
 SCAN_RUNS, SCAN_BUCKETS = 256, 8
 SEGMENT_BUCKETS = 128
 SEGMENT_FIELDS = 5
-# Programs that start last should be short ones. Beyond so many (chunk, bucket), which are short then, the counters of
-# the classes would take memory for nothing.
-SEGMENT_CLASSES, MAX_CLASSED = 4, 1 << 18
+# Programs that start last should be short ones. Where a range of heads has more than so many (chunk, bucket), all are
+# short; otherwise segments are made for so many at once, so that they take little memory.
+SEGMENT_CLASSES, MAX_FLAT = 4, 1 << 18
 # Near blocks: those that NSA always selects. The kernels of `selected_near` and `near_hopper` are for these numbers.
 NEAR_INIT, NEAR_LOCAL = tl.constexpr(1), tl.constexpr(2)
 
@@ -166,15 +166,24 @@ class InvertedIndex:
     pairs: Tensor
     bucket_ends: Tensor
 
-    def segments(self, segment_pairs: int) -> Segments:
+    def segments(self, segment_pairs: int) -> Iterator[Segments]:
         """Cuts the buckets of every chunk into segments of at most `segment_pairs` pairs."""
         return self._cut(segment_pairs, None, None, None, 1)
 
     def far_segments(
         self, segment_pairs: int, cu_seqlens: Tensor, block_size: int, cu_seqlens_k: Tensor | None = None
-    ) -> Segments:
+    ) -> Iterator[Segments]:
         """As `segments`, without the pairs of near entries; bounds are as for `build_index`."""
         return self._cut(segment_pairs, self.pairs, cu_seqlens, cu_seqlens_k, block_size)
+
+    def most_tiles(self, segment_pairs: int) -> int:
+        """Upper bound of the segments of a chunk whose buckets are cut."""
+        # A bucket that is cut fills a segment at least, and has at most one that is not full: twice as many at most.
+        return max(1, min(self._most_of_chunk(segment_pairs), 2 * (self.chunks.pairs // segment_pairs)))
+
+    def _most_of_chunk(self, segment_pairs: int) -> int:
+        chunks = self.chunks
+        return chunks.pairs // segment_pairs + min(chunks.buckets, chunks.pairs)
 
     def _cut(
         self,
@@ -183,33 +192,40 @@ class InvertedIndex:
         cu_seqlens: Tensor | None,
         cu_seqlens_k: Tensor | None,
         block_size: int,
-    ) -> Segments:
+    ) -> Iterator[Segments]:
         chunks = self.chunks
-        flat = chunks.head_chunks * chunks.token_chunks * chunks.buckets
-        classes = SEGMENT_CLASSES if flat <= MAX_CLASSED else 1
-        counts = torch.empty((classes + 1) * flat, dtype=torch.int32, device=self.pairs.device)
+        new: dict[str, Any] = {"dtype": torch.int32, "device": self.pairs.device}
+        of_heads = chunks.token_chunks * chunks.buckets
+        at_once = max(1, MAX_FLAT // of_heads)
+        classes = SEGMENT_CLASSES if of_heads <= MAX_FLAT else 1
+        sequences = 0 if cu_seqlens is None else cu_seqlens.numel() - 1
         given = self.bucket_ends, pairs, cu_seqlens, cu_seqlens_k
-        sizes = (
-            flat, chunks.buckets, chunks.head_chunks, chunks.token_chunks, segment_pairs, classes,
-            0 if cu_seqlens is None else cu_seqlens.numel() - 1, chunks.num_blocks,
-        )  # fmt: skip
-        grid = (triton.cdiv(flat, SEGMENT_BUCKETS),)
-        _count_segments_kernel[grid](*given, counts, *sizes, block_size, SEGMENT_BUCKETS)
-        # One sum over both: of the tiles only differences count.
-        ends = torch.cumsum(counts, 0, dtype=torch.int32)
-        # In any chunk a bucket has a segment that is not full at most once.
-        most = self.pairs.numel() // segment_pairs + min(flat, self.pairs.numel())
-        table = torch.empty((most, SEGMENT_FIELDS), dtype=torch.int32, device=self.pairs.device)
-        _fill_segments_kernel[grid](*given, ends, table, *sizes, block_size, SEGMENT_FIELDS, SEGMENT_BUCKETS)
-        most_of_chunk = chunks.pairs // segment_pairs + min(chunks.buckets, chunks.pairs)
-        # A bucket that is cut fills a segment at least, and has at most one that is not full: twice as many at most.
-        most_tiles = max(1, min(most_of_chunk, 2 * (chunks.pairs // segment_pairs)))
-        return Segments(table, ends, classes, flat, most_of_chunk, most_tiles)
+        for first in range(0, chunks.head_chunks, at_once):
+            head_chunks = min(at_once, chunks.head_chunks - first)
+            flat = head_chunks * of_heads
+            sizes = (
+                first * of_heads, flat, chunks.buckets, chunks.head_chunks, chunks.token_chunks, segment_pairs, classes,
+                sequences, chunks.num_blocks, block_size,
+            )  # fmt: skip
+            grid = (triton.cdiv(flat, SEGMENT_BUCKETS),)
+            counts = torch.empty((classes + 1) * flat, **new)
+            _count_segments_kernel[grid](*given, counts, *sizes, SEGMENT_BUCKETS)
+            # One sum over both: of the tiles only differences count.
+            ends = torch.cumsum(counts, 0, dtype=torch.int32)
+            del counts
+            # In any chunk a bucket has a segment that is not full at most once.
+            most_pairs = chunks.total_tokens * head_chunks * chunks.heads * chunks.slots
+            table = torch.empty((most_pairs // segment_pairs + min(flat, most_pairs), SEGMENT_FIELDS), **new)
+            _fill_segments_kernel[grid](*given, ends, table, *sizes, SEGMENT_FIELDS, SEGMENT_BUCKETS)
+            yield Segments(
+                table, ends, classes, flat, self._most_of_chunk(segment_pairs), first * chunks.token_chunks,
+                [*chunks][first * chunks.token_chunks : (first + head_chunks) * chunks.token_chunks],
+            )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Segments:
-    """The segments of all chunks, chunk after chunk; in a chunk by the classes of their pairs, the large ones first.
+    """The segments of some chunks, chunk after chunk; in a chunk by the classes of their pairs, the large ones first.
 
     Attributes:
         table: first pair, first pair of the chunk, pairs, bucket (of all), and the number of the segment among those of
@@ -221,7 +237,7 @@ class Segments:
         classes: of pairs: class i has more than `segment_pairs / 2**(i + 1)`, the last one all others.
         flat: number of (chunk, bucket of the chunk).
         most_of_chunk: upper bound of the segments of a chunk, which is the grid of its main kernel.
-        most_tiles: upper bound of the segments of a chunk whose buckets are cut.
+        first_number, chunks: number of the first chunk among all, and the chunks, as `Chunks` gives them.
     """
 
     table: Tensor
@@ -229,7 +245,8 @@ class Segments:
     classes: int
     flat: int
     most_of_chunk: int
-    most_tiles: int
+    first_number: int
+    chunks: list[tuple[int, int, int, int]]
 
 
 def mark_valid(
@@ -529,7 +546,7 @@ def _cut_pairs(pairs, segment_pairs, classes):
 
 @triton.jit(
     do_not_specialize=[
-        "num_flat", "buckets", "head_chunks", "token_chunks", "segment_pairs", "classes", "num_sequences",
+        "first_flat", "num_flat", "buckets", "head_chunks", "token_chunks", "segment_pairs", "classes", "num_sequences",
         "num_blocks",
     ]
 )  # fmt: skip
@@ -539,6 +556,7 @@ def _count_segments_kernel(
     cu_seqlens_ptr,
     cu_seqlens_k_ptr,
     count_ptr,
+    first_flat,
     num_flat,
     buckets,
     head_chunks,
@@ -559,8 +577,8 @@ def _count_segments_kernel(
     flat = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = flat < num_flat
     _, begin, end, _ = _pairs_to_cut(
-        flat, bucket_end_ptr, pairs_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, buckets, head_chunks, token_chunks,
-        num_sequences, num_blocks, mask, BLOCK_SIZE,
+        first_flat + flat, bucket_end_ptr, pairs_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, buckets, head_chunks,
+        token_chunks, num_sequences, num_blocks, mask, BLOCK_SIZE,
     )  # fmt: skip
     full, rest, rest_class = _cut_pairs(end - begin, segment_pairs, classes)
     at = flat // buckets * (classes * buckets) + flat % buckets
@@ -573,7 +591,7 @@ def _count_segments_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        "num_flat", "buckets", "head_chunks", "token_chunks", "segment_pairs", "classes", "num_sequences",
+        "first_flat", "num_flat", "buckets", "head_chunks", "token_chunks", "segment_pairs", "classes", "num_sequences",
         "num_blocks",
     ]
 )  # fmt: skip
@@ -584,6 +602,7 @@ def _fill_segments_kernel(
     cu_seqlens_k_ptr,
     segment_end_ptr,
     table_ptr,
+    first_flat,
     num_flat,
     buckets,
     head_chunks,
@@ -605,8 +624,8 @@ def _fill_segments_kernel(
     flat = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = flat < num_flat
     bucket, begin, end, first_of_chunk = _pairs_to_cut(
-        flat, bucket_end_ptr, pairs_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, buckets, head_chunks, token_chunks,
-        num_sequences, num_blocks, mask, BLOCK_SIZE,
+        first_flat + flat, bucket_end_ptr, pairs_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, buckets, head_chunks,
+        token_chunks, num_sequences, num_blocks, mask, BLOCK_SIZE,
     )  # fmt: skip
     full, rest, rest_class = _cut_pairs(end - begin, segment_pairs, classes)
     count = full + tl.minimum(rest, 1)

@@ -62,6 +62,22 @@ def _store(x_ptr, rows, mask_rows, offs, tile, DIM: tl.constexpr):
     tl.store(x_ptr + rows[:, None] + offs[None, :], tile.to(x_ptr.dtype.element_ty), mask=mask)
 
 
+# What rounding leaves of a number lies between -127 and 127 units, and is stored on top of this.
+REST_OF_ZERO = tl.constexpr(128.0)
+
+
+@triton.jit
+def _rest_unit(x):
+    """What 1 stands for in what rounding left of the numbers `x`, in half precision: half of their last bit / 127."""
+    FLOAT16: tl.constexpr = x.dtype == tl.float16
+    exponent = x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7F800000
+    power = exponent.to(tl.float32, bitcast=True)
+    # Smaller ones have the last bit of the smallest that is normal; of bfloat16, of one that is as good as 0.
+    least: tl.constexpr = 2.0**-14 if FLOAT16 else 2.0**-100
+    half_of_last: tl.constexpr = 2.0**-11 if FLOAT16 else 2.0**-8
+    return tl.maximum(power, least) * (half_of_last / 127)
+
+
 @triton.jit
 def add_up(
     total, sum_ptr, grad_ptr, key, offs, mask, head, first_head, chunk_heads, add, last, scale,
@@ -70,23 +86,24 @@ def add_up(
     """Adds what the chunks of tokens before have of the keys, and stores the sum, or after the last the gradient.
 
     The sum is in float32 where that is the dtype of `sum_ptr`; otherwise in the gradient, and in `sum_ptr` what
-    rounding it left. `total` is [KEYS, columns], of the keys `key` and the columns `offs`.
+    rounding it left, 8 more bits. `total` is [KEYS, columns], of the keys `key` and the columns `offs`.
     """
+    sum_rows = (key.to(tl.int64) * chunk_heads + head - first_head) * DIM
+    grad_rows = (key.to(tl.int64) * HEADS + head) * DIM
     if sum_ptr.dtype.element_ty == tl.float32:
-        sum_rows = (key.to(tl.int64) * chunk_heads + head - first_head) * DIM
         total += _load(sum_ptr, sum_rows, mask & (add != 0), offs, DIM)
         if last != 0:
-            _store(grad_ptr, (key.to(tl.int64) * HEADS + head) * DIM, mask, offs, total * scale, DIM)
+            _store(grad_ptr, grad_rows, mask, offs, total * scale, DIM)
         else:
             _store(sum_ptr, sum_rows, mask, offs, total, DIM)
     else:
-        grad_rows = (key.to(tl.int64) * HEADS + head) * DIM
-        sum_rows = (key.to(tl.int64) * chunk_heads + head - first_head) * DIM
         total *= scale
         if add != 0:
-            total += _load(sum_ptr, sum_rows, mask, offs, DIM).to(tl.float32)
-            total += _load(grad_ptr, grad_rows, mask, offs, DIM).to(tl.float32)
+            grad = _load(grad_ptr, grad_rows, mask, offs, DIM)
+            rest = _load(sum_ptr, sum_rows, mask, offs, DIM).to(tl.float32) - REST_OF_ZERO
+            total += rest * _rest_unit(grad) + grad.to(tl.float32)
+        grad = total.to(grad_ptr.dtype.element_ty)
         if last == 0:
-            rest = total - total.to(grad_ptr.dtype.element_ty).to(tl.float32)
-            _store(sum_ptr, sum_rows, mask, offs, rest, DIM)
-        _store(grad_ptr, grad_rows, mask, offs, total, DIM)
+            rest = (total - grad.to(tl.float32)) / _rest_unit(grad)
+            _store(sum_ptr, sum_rows, mask, offs, rest + (REST_OF_ZERO + 0.5), DIM)
+        _store(grad_ptr, grad_rows, mask, offs, grad, DIM)

@@ -74,23 +74,25 @@ def launch_selected_fwd_kv_outer(
         )  # fmt: skip
     else:
         segments = index.segments(tiles.segment_pairs)
-    for number, first_head, first_token, tokens in chunks:
-        grid = (segments.most_of_chunk,)
-        lists = index.pairs, segments.table, segments.ends, cu_seqlens, cu_seqlens_k
-        places = chunks.buckets * segments.classes
-        common = cu_seqlens.numel() - 1, chunks.num_blocks, number * places, places, softmax_scale
-        strides = q.stride(0), k.stride(0), v.stride(0)
-        if specialized:
-            specialized._selected_fwd_hopper_kernel[grid](
-                q, k, v, descriptor, partial, partial_lse, *lists, *common, *strides, group, dim_k, block_size,
-                **specialized.FORWARD_OPTIONS,
-            )  # fmt: skip
-        else:
-            _selected_fwd_kv_outer_kernel[grid](
-                q, k, v, partial, partial_lse, *lists, *common, *strides, group, dim_k, dim_v, block_size,
-                tiles.rows, tiles.keys, tiles.stages, **launch_options(tiles),
-            )  # fmt: skip
-        launch_merge(partial, partial_lse, index, out, lse, 1.0, first_head, first_token, tokens, far=far)
+    for some in segments:
+        places = chunks.buckets * some.classes
+        for number, first_head, first_token, tokens in some.chunks:
+            grid = (some.most_of_chunk,)
+            lists = index.pairs, some.table, some.ends, cu_seqlens, cu_seqlens_k
+            first_place = (number - some.first_number) * places
+            common = cu_seqlens.numel() - 1, chunks.num_blocks, first_place, places, softmax_scale
+            strides = q.stride(0), k.stride(0), v.stride(0)
+            if specialized:
+                specialized._selected_fwd_hopper_kernel[grid](
+                    q, k, v, descriptor, partial, partial_lse, *lists, *common, *strides, group, dim_k, block_size,
+                    **specialized.FORWARD_OPTIONS,
+                )  # fmt: skip
+            else:
+                _selected_fwd_kv_outer_kernel[grid](
+                    q, k, v, partial, partial_lse, *lists, *common, *strides, group, dim_k, dim_v, block_size,
+                    tiles.rows, tiles.keys, tiles.stages, **launch_options(tiles),
+                )  # fmt: skip
+            launch_merge(partial, partial_lse, index, out, lse, 1.0, first_head, first_token, tokens, far=far)
     return out, lse
 
 
@@ -268,47 +270,49 @@ def launch_selected_bwd_kv_outer(
     (total_tokens, num_heads, dim_k), (_, num_kv_heads, dim_v) = q.shape, v.shape
     group, chunks, parts = num_heads // num_kv_heads, index.chunks, triton.cdiv(block_size, tiles.keys)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    segments = index.segments(tiles.segment_pairs)
     partial = q.new_empty(chunks.pairs * group * parts if dq is not None else 1, dim_k)
     wide: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
-    dk_tiles = torch.empty(segments.most_tiles, parts * tiles.keys, dim_k, **wide)
-    dv_tiles = torch.empty(segments.most_tiles, parts * tiles.keys, dim_v, **wide)
-    # Chunks of tokens add up, in float32 if that is not too much: two numbers of half the width take the kernel longer.
+    most_tiles = index.most_tiles(tiles.segment_pairs)
+    dk_tiles = torch.empty(most_tiles, parts * tiles.keys, dim_k, **wide)
+    dv_tiles = torch.empty(most_tiles, parts * tiles.keys, dim_v, **wide)
+    # Chunks of tokens add up, in float32 if that is not too much: two numbers of fewer bits take the kernel longer.
     many = chunks.token_chunks > 1
     sums = k.shape[0] * chunks.heads * (dim_k + dim_v)
-    dtype = k.dtype if many and sums > FLOAT32_SUMS else torch.float32
+    dtype = torch.uint8 if many and sums > FLOAT32_SUMS and k.dtype != torch.float32 else torch.float32
     key_bounds = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     dk_sum = k.new_empty((k.shape[0], chunks.heads, dim_k) if many else (1,), dtype=dtype)
     dv_sum = v.new_empty((k.shape[0], chunks.heads, dim_v) if many else (1,), dtype=dtype)
     specialized = specialized_kernels(tiles, q, k, v, d_out)
     descriptor = specialized and specialized.tile_descriptor(partial, parts) if dq is not None else None
-    for number, first_head, first_token, tokens in chunks:
-        grid = segments.most_of_chunk, parts
-        last = int(first_token + tokens == total_tokens)
-        given = q, k, v, d_out, shift, delta
-        results = partial, dk_tiles, dv_tiles, dk_sum, dv_sum, dk, dv
-        lists = index.pairs, segments.table, segments.ends, cu_seqlens, cu_seqlens_k
-        blocks, places = (cu_seqlens.numel() - 1, chunks.num_blocks), chunks.buckets * segments.classes
-        common = *blocks, number * places, places
-        share = first_head, chunks.heads, int(first_token > 0), last
-        strides = q.stride(0), k.stride(0), v.stride(0), d_out.stride(0)
-        if specialized:
-            specialized._selected_bwd_hopper_kernel[grid](
-                *given, descriptor, *results, *lists, *common, *share, softmax_scale, *strides,
-                num_heads, group, dim_k, block_size, dq is not None, **specialized.BACKWARD_OPTIONS,
+    for segments in index.segments(tiles.segment_pairs):
+        places = chunks.buckets * segments.classes
+        for number, first_head, first_token, tokens in segments.chunks:
+            grid = segments.most_of_chunk, parts
+            last = int(first_token + tokens == total_tokens)
+            given = q, k, v, d_out, shift, delta
+            results = partial, dk_tiles, dv_tiles, dk_sum, dv_sum, dk, dv
+            lists = index.pairs, segments.table, segments.ends, cu_seqlens, cu_seqlens_k
+            blocks, number_here = (cu_seqlens.numel() - 1, chunks.num_blocks), number - segments.first_number
+            common = *blocks, number_here * places, places
+            share = first_head, chunks.heads, int(first_token > 0), last
+            strides = q.stride(0), k.stride(0), v.stride(0), d_out.stride(0)
+            if specialized:
+                specialized._selected_bwd_hopper_kernel[grid](
+                    *given, descriptor, *results, *lists, *common, *share, softmax_scale, *strides,
+                    num_heads, group, dim_k, block_size, dq is not None, **specialized.BACKWARD_OPTIONS,
+                )  # fmt: skip
+            else:
+                _selected_bwd_kv_outer_kernel[grid](
+                    *given, *results, *lists, *common, *share, softmax_scale, *strides, num_heads, group, dim_k, dim_v,
+                    block_size, dq is not None, tiles.rows, tiles.keys, tiles.stages, **launch_options(tiles),
+                )  # fmt: skip
+            _sum_segments_kernel[(chunks.buckets, triton.cdiv(block_size, SUM_KEYS), 2)](
+                dk_tiles, dv_tiles, dk_sum, dv_sum, dk, dv, segments.ends, key_bounds, *blocks,
+                number_here * chunks.buckets, chunks.buckets, *share, segments.classes, segments.flat, softmax_scale,
+                num_kv_heads, dim_k, dim_v, block_size, parts * tiles.keys, SUM_KEYS,
             )  # fmt: skip
-        else:
-            _selected_bwd_kv_outer_kernel[grid](
-                *given, *results, *lists, *common, *share, softmax_scale, *strides, num_heads, group, dim_k, dim_v,
-                block_size, dq is not None, tiles.rows, tiles.keys, tiles.stages, **launch_options(tiles),
-            )  # fmt: skip
-        _sum_segments_kernel[(chunks.buckets, triton.cdiv(block_size, SUM_KEYS), 2)](
-            dk_tiles, dv_tiles, dk_sum, dv_sum, dk, dv, segments.ends, key_bounds, *blocks,
-            number * chunks.buckets, chunks.buckets, *share, segments.classes, segments.flat, softmax_scale,
-            num_kv_heads, dim_k, dim_v, block_size, parts * tiles.keys, SUM_KEYS,
-        )  # fmt: skip
-        if dq is not None:
-            launch_merge(partial, None, index, dq, None, softmax_scale, first_head, first_token, tokens, parts)
+            if dq is not None:
+                launch_merge(partial, None, index, dq, None, softmax_scale, first_head, first_token, tokens, parts)
     return dk, dv
 
 

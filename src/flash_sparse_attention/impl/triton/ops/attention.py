@@ -7,6 +7,7 @@ not wanted in memory is computed again, a branch at a time.
     forward    compressed -> selection -> selected     window     gated sum
     saved      q, k, v, ... and the selection; out and lse of each branch, but for those to be computed again
     backward   shifts, d_gates -> selected (dq =) -> window (dq +=) -> compressed (dq +=)
+               of long sequences shifts and d_gates of a branch, and what is computed again, when it is its turn
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from ....types import NSAOutput, SequenceLayout
 from ....validation import bad
 from ..block_scores import launch_select_blocks
 from ..combine import launch_combine
-from ..delta import launch_gated_shifts
+from ..delta import branches_at_once, launch_gated_shifts
 from ..interval import IntervalSizes, launch_interval_dkv, launch_interval_dq, launch_interval_fwd
 from ..primitives import dense_rows, on_its_device
 from ..tuning import interval_schedule, score_tiles
 from .interval import key_bounds, query_and_key_bounds
 from .selected import MAX_PAIRS, attend_selected, differentiate_selected, kept_index, nothing
+
+BRANCHES = ("compressed", "selected", "window")
 
 
 class Sizes(NamedTuple):
@@ -231,32 +234,65 @@ def _nsa_attention_backward(
     packs = cu_seqlens, cu_seqlens_k
     compressed_bounds = key_bounds(*packs, kernel_size, kernel_stride)
     block_indices, out_compressed, lse_compressed, out_selected, lse_selected, out_window, lse_window, *index = saved
-    if not sizes.keeps("compressed"):
-        out_compressed, _ = _attend_compressed(q, k_compressed, v_compressed, compressed_bounds, *packs, sizes)
     place, pairs, bucket_ends = index
-    if not sizes.keeps("selected"):
-        out_selected, _, place, pairs, bucket_ends = attend_selected(
-            q, k, v, block_indices, cu_seqlens, cu_seqlens_k, *sizes.selected, True, (place, pairs, bucket_ends)
-        )
-    if not sizes.keeps("window"):
-        out_window, _ = _attend_window(q, k_window, v_window, *packs, sizes)
-    outs, lses = (out_compressed, out_selected, out_window), (lse_compressed, lse_selected, lse_window)
-    shift, delta, d_gates = launch_gated_shifts(d_out, outs, lses, gates)
-    del outs, out_compressed, out_selected, out_window
-    dq, dk, dv = differentiate_selected(
-        d_out, q, k, v, block_indices, cu_seqlens, cu_seqlens_k, shift[1], delta[1], place, pairs, bucket_ends,
-        *sizes.selected,
-    )  # fmt: skip
-    schedule = interval_schedule(q.shape[2], v.shape[2], q.dtype, windowed=True)
-    window = d_out, q, k_window, v_window, shift[2], delta[2], cu_seqlens, key_bounds(*packs, 1, 1), sizes.window
-    launch_interval_dq(*window, schedule.dq, dq, add=True, cu_seqlens_k=cu_seqlens_k)
-    d_window = launch_interval_dkv(*window, schedule.dkv, cu_seqlens_k, add_to=(dk, dv) if shared else None)
-    schedule = interval_schedule(q.shape[2], v.shape[2], q.dtype, windowed=False)
-    rest = shift[0], delta[0], cu_seqlens, compressed_bounds, sizes.compressed
-    compressed = d_out, q, k_compressed, v_compressed, *rest
-    launch_interval_dq(*compressed, schedule.dq, dq, add=True, cu_seqlens_k=cu_seqlens_k)
-    d_compressed = launch_interval_dkv(*compressed, schedule.dkv, cu_seqlens_k)
+    outs = {"compressed": out_compressed, "selected": out_selected, "window": out_window}
+    lses = {"compressed": lse_compressed, "selected": lse_selected, "window": lse_window}
+    d_gates = gates.new_empty(gates.shape)
+    for numbers in branches_at_once(q.shape[0] * q.shape[1]):
+        branches = BRANCHES[numbers.start : numbers.stop]
+        again = {branch: outs[branch] for branch in branches}
+        if "compressed" in branches and not sizes.keeps("compressed"):
+            again["compressed"] = _attend_compressed(q, k_compressed, v_compressed, compressed_bounds, *packs, sizes)[0]
+        if "selected" in branches and not sizes.keeps("selected"):
+            again["selected"], _, place, pairs, bucket_ends = attend_selected(
+                q, k, v, block_indices, cu_seqlens, cu_seqlens_k, *sizes.selected, True, (place, pairs, bucket_ends)
+            )
+        if "window" in branches and not sizes.keeps("window"):
+            again["window"] = _attend_window(q, k_window, v_window, *packs, sizes)[0]
+        lses_again = [lses[branch] for branch in branches]
+        shift, delta = launch_gated_shifts(d_out, [*again.values()], lses_again, gates, d_gates, numbers)
+        del again
+        if "selected" in branches:
+            at = branches.index("selected")
+            dq, dk, dv = differentiate_selected(
+                d_out, q, k, v, block_indices, cu_seqlens, cu_seqlens_k, shift[at], delta[at], place, pairs,
+                bucket_ends, *sizes.selected,
+            )  # fmt: skip
+        if "window" in branches:
+            at = branches.index("window")
+            tensors = d_out, q, k_window, v_window, shift[at], delta[at], cu_seqlens, key_bounds(*packs, 1, 1)
+            add_to = (dk, dv) if shared else None
+            d_window = _differentiate_interval(*tensors, cu_seqlens_k, sizes.window, dq, add_to)
+            del tensors
+        if "compressed" in branches:
+            at = branches.index("compressed")
+            tensors = d_out, q, k_compressed, v_compressed, shift[at], delta[at], cu_seqlens, compressed_bounds
+            d_compressed = _differentiate_interval(*tensors, cu_seqlens_k, sizes.compressed, dq)
+            del tensors
+        # Before those of the next branch are there.
+        del shift, delta
     return [dq, dk, dv, *d_compressed, d_gates, *(() if shared else d_window)]
+
+
+def _differentiate_interval(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    shift: Tensor,
+    delta: Tensor,
+    cu_seqlens: Tensor,
+    bounds: Tensor,
+    cu_seqlens_k: Tensor | None,
+    sizes: IntervalSizes,
+    dq: Tensor,
+    add_to: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of k and v; that of q is added to `dq`, and those of k and v to `add_to` if there is one."""
+    schedule = interval_schedule(q.shape[2], v.shape[2], q.dtype, windowed=sizes.window_size > 0)
+    given = d_out, q, k, v, shift, delta, cu_seqlens, bounds, sizes
+    launch_interval_dq(*given, schedule.dq, dq, add=True, cu_seqlens_k=cu_seqlens_k)
+    return launch_interval_dkv(*given, schedule.dkv, cu_seqlens_k, add_to=add_to)
 
 
 def _of_window(k: Tensor, v: Tensor, k_window: Tensor | None, v_window: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -285,7 +321,7 @@ def _empty_outputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, sizes: S
     out = q.new_empty(tokens, heads, dim)
     indices = q.new_empty(tokens, k.shape[1], sizes.num_selected_blocks, dtype=torch.int32)
     saved = []
-    for name in ("compressed", "selected", "window"):
+    for name in BRANCHES:
         saved.append(torch.empty_like(out) if sizes.keeps(name) else out.new_empty(0))
         saved.append(q.new_empty(tokens, heads, dtype=torch.float32))
     index = nothing(q)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ....types import AttentionOutput, SequenceLayout
 from ....validation import bad
-from ..delta import launch_shifts
+from ..delta import launch_shifts, shift_bytes
 from ..inverted_index import Chunks, InvertedIndex, build_index, mark_valid
 from ..primitives import dense_rows, on_its_device
 from ..selected_kv_outer import launch_selected_bwd_kv_outer, launch_selected_fwd_kv_outer
@@ -18,7 +18,7 @@ from .interval import query_and_key_bounds
 
 MAX_PAIRS = 2**31
 # Partial results, of the workspace at most and at least, and of what longer sequences leave of it.
-PARTIAL_SHARE, LEAST_SHARE, SHARE_OF_REST = 0.6, 0.25, 0.8
+PARTIAL_SHARE, LEAST_SHARE, SHARE_OF_REST = 0.6, 0.25, 0.7
 
 
 def selected_attention(
@@ -202,10 +202,13 @@ def chunks_of(
     """How both passes cut the work; the same, so that they can share an index."""
     parts = triton.cdiv(shape.block_size, tiles_of(shape).kv_outer_backward.keys)
     row_bytes = max(shape.dim_v * shape.dtype.itemsize + 4, shape.dim_k * shape.dtype.itemsize * parts)
-    # The backward pass also keeps dK and dV of the segments, and sums of them where tokens are cut: of long sequences
-    # what rounding leaves of the sums, as wide as k and v.
+    # The forward pass also keeps the places of far entries, and which near blocks a query selected; the backward pass
+    # shift and delta, dK and dV of the segments, and sums of those where tokens are cut: of long sequences 8 bits each.
     workspace = workspace_mib << 20
-    left = workspace - total_keys * (shape.dim_k + shape.dim_v) * shape.dtype.itemsize
+    entries = shape.total_tokens * shape.num_kv_heads
+    forward = 4 * entries * (shape.slots + 1)
+    backward = shift_bytes(entries * shape.group) + total_keys * (shape.dim_k + shape.dim_v)
+    left = workspace - max(forward, backward)
     partial_bytes = int(max(LEAST_SHARE * workspace, min(PARTIAL_SHARE * workspace, SHARE_OF_REST * left)))
     num_sequences = cu_seqlens.numel() - 1
     sizes = shape.block_size, shape.group * row_bytes, partial_bytes
