@@ -88,15 +88,16 @@ def add_up(
     The sum is in float32 where that is the dtype of `sum_ptr`; otherwise in the gradient, and in `sum_ptr` what
     rounding it left, 8 more bits. `total` is [KEYS, columns], of the keys `key` and the columns `offs`.
     """
-    sum_rows = (key.to(tl.int64) * chunk_heads + head - first_head) * DIM
-    grad_rows = (key.to(tl.int64) * HEADS + head) * DIM
     if sum_ptr.dtype.element_ty == tl.float32:
+        sum_rows = (key.to(tl.int64) * chunk_heads + head - first_head) * DIM
         total += _load(sum_ptr, sum_rows, mask & (add != 0), offs, DIM)
         if last != 0:
-            _store(grad_ptr, grad_rows, mask, offs, total * scale, DIM)
+            _store(grad_ptr, (key.to(tl.int64) * HEADS + head) * DIM, mask, offs, total * scale, DIM)
         else:
             _store(sum_ptr, sum_rows, mask, offs, total, DIM)
     else:
+        grad_rows = (key.to(tl.int64) * HEADS + head) * DIM
+        sum_rows = (key.to(tl.int64) * chunk_heads + head - first_head) * DIM
         total *= scale
         if add != 0:
             grad = _load(grad_ptr, grad_rows, mask, offs, DIM)
