@@ -90,7 +90,8 @@ def launch_selected_fwd_kv_outer(
                 q, k, v, partial, partial_lse, *lists, *common, *strides, group, dim_k, dim_v, block_size,
                 tiles.rows, tiles.keys, tiles.stages, **launch_options(tiles),
             )  # fmt: skip
-        launch_merge(partial, partial_lse, index, out, lse, 1.0, first_head, first_token, tokens, far=far)
+        place = first_head, first_token, tokens
+        launch_merge(partial, partial_lse, index, out, lse, 1.0, *place, far=far, specialized=specialized is not None)
     return out, lse
 
 
@@ -308,7 +309,10 @@ def launch_selected_bwd_kv_outer(
             num_kv_heads, dim_k, dim_v, block_size, parts * tiles.keys, SUM_KEYS,
         )  # fmt: skip
         if dq is not None:
-            launch_merge(partial, None, index, dq, None, softmax_scale, first_head, first_token, tokens, parts)
+            place = first_head, first_token, tokens
+            launch_merge(
+                partial, None, index, dq, None, softmax_scale, *place, parts, specialized=specialized is not None
+            )
     return dk, dv
 
 
