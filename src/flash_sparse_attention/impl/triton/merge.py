@@ -12,6 +12,8 @@ from .primitives import LN_2, LOG2_E, finite_maximum, load_rows, padded, padded_
 # Elements that a program of one warp holds. All of its loads are in flight at once: at 65,536 tokens of 32/8 heads on
 # an H200 one row by 16 slots with one warp took 2.25 ms, with two warps 3.9, rows that loop over their slots 3.5.
 MERGE_TILE = 2048
+# Slots of a row, or parts of them, for which there is a kernel for Hopper: it has code for each.
+MOST_HOPPER_ENTRIES = 128
 
 
 def launch_merge(
@@ -26,19 +28,28 @@ def launch_merge(
     tokens: int,
     parts: int = 1,
     far: Tensor | None = None,
+    specialized: bool = False,
 ) -> None:
     """Merges the partial results of a chunk, `[pairs, G, parts, D]`, into its rows of out and lse.
 
     With `partial_lse` they are softmaxes, merged by their lse; without, they are summed and multiplied with `scale`.
     Slots that are not valid are not read. With `far`, of `launch_near`, they are those of far entries, and out and lse
-    hold those of the near ones.
+    hold those of the near ones. `specialized`: by the kernel for Hopper.
     """
     num_heads, dim = out.shape[1:]
     chunks = index.chunks
     group = num_heads // chunks.num_kv_heads
+    first_row = (first_token // chunks.tokens * chunks.num_kv_heads + first_head) * chunks.num_blocks
+    if specialized and chunks.slots * parts <= MOST_HOPPER_ENTRIES:
+        # Not every version of Triton has what it needs.
+        from .merge_hopper import launch_merge_hopper
+
+        launch_merge_hopper(
+            partial, partial_lse, index, out, lse, scale, first_row, first_head, first_token, tokens, parts, far
+        )
+        return
     tile = min(padded(chunks.slots * parts, 1), max(1, MERGE_TILE // padded(dim)))
     rows = max(1, MERGE_TILE // (padded(dim) * tile))
-    first_row = (first_token // chunks.tokens * chunks.num_kv_heads + first_head) * chunks.num_blocks
     _merge_slots_kernel[(triton.cdiv(tokens * chunks.heads * group, rows),)](
         partial, partial if partial_lse is None else partial_lse,
         index.place if far is None else far, index.bucket_ends,
