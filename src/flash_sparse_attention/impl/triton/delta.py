@@ -20,18 +20,19 @@ def _rows(out: Tensor) -> int:
     return 16 if out.dtype == torch.float32 else 32
 
 
-def launch_shifts(d_out: Tensor, d_lse: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def launch_shifts(d_out: Tensor, d_lse: Tensor | None, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """shift and delta, float32 `[N, Hq]`.
 
     shift is lse, in the units of `exp_below`; inf where a row sees no key, so that its probabilities are 0.
-    delta = sum(d_out * out) - d_lse.
+    delta = sum(d_out * out) - d_lse; None stands for no gradient of lse.
     """
     total_tokens, num_heads, dim = out.shape
-    shift, delta = d_lse.new_empty(total_tokens, num_heads), d_lse.new_empty(total_tokens, num_heads)
+    shift, delta = lse.new_empty(total_tokens, num_heads), lse.new_empty(total_tokens, num_heads)
     rows = _rows(out)
     _shifts_kernel[(triton.cdiv(total_tokens * num_heads, rows),)](
-        d_out, d_lse, out, lse, shift, delta, total_tokens * num_heads, d_out.stride(0), num_heads, dim, rows
-    )
+        d_out, None if d_lse is None else d_lse.contiguous(), out, lse, shift, delta,
+        total_tokens * num_heads, d_out.stride(0), num_heads, dim, rows,
+    )  # fmt: skip
     return shift, delta
 
 
@@ -131,7 +132,9 @@ def _shifts_kernel(
     do = load_rows(d_out_ptr, row // NUM_HEADS * stride_do + row % NUM_HEADS * DIM, mask, DIM, PADDED)
     out = load_rows(out_ptr, row * DIM, mask, DIM, PADDED)
     delta = _row_products(do, out, ROWS)
-    tl.store(delta_ptr + row, delta - tl.load(d_lse_ptr + row, mask=mask, other=0.0), mask=mask)
+    if d_lse_ptr is not None:
+        delta -= tl.load(d_lse_ptr + row, mask=mask, other=0.0)
+    tl.store(delta_ptr + row, delta, mask=mask)
     lse = tl.load(lse_ptr + row, mask=mask, other=0.0)
     tl.store(shift_ptr + row, _exponent(lse, out_ptr.dtype.element_ty == tl.float32), mask=mask)
 

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from .inverted_index import InvertedIndex
 from .primitives import LN_2, LOG2_E, finite_maximum, load_rows, padded, padded_dim, store_rows
+from .tuning import has_hopper_kernels, runs_gluon
 
 # Elements that a program of one warp holds. All of its loads are in flight at once: at 65,536 tokens of 32/8 heads on
 # an H200 one row by 16 slots with one warp took 2.25 ms, with two warps 3.9, rows that loop over their slots 3.5.
 MERGE_TILE = 2048
-# Slots of a row, or parts of them, for which there is a kernel for Hopper: it has code for each.
-MOST_HOPPER_ENTRIES = 128
+# Slots for which there is a kernel for Hopper: it has code for each.
+MOST_HOPPER_SLOTS = 128
 
 
 def launch_merge(
@@ -28,25 +29,22 @@ def launch_merge(
     tokens: int,
     parts: int = 1,
     far: Tensor | None = None,
-    specialized: bool = False,
 ) -> None:
     """Merges the partial results of a chunk, `[pairs, G, parts, D]`, into its rows of out and lse.
 
     With `partial_lse` they are softmaxes, merged by their lse; without, they are summed and multiplied with `scale`.
     Slots that are not valid are not read. With `far`, of `launch_near`, they are those of far entries, and out and lse
-    hold those of the near ones. `specialized`: by the kernel for Hopper.
+    hold those of the near ones.
     """
     num_heads, dim = out.shape[1:]
     chunks = index.chunks
     group = num_heads // chunks.num_kv_heads
     first_row = (first_token // chunks.tokens * chunks.num_kv_heads + first_head) * chunks.num_blocks
-    if specialized and chunks.slots * parts <= MOST_HOPPER_ENTRIES:
+    if partial_lse is not None and lse is not None and _takes_hopper_kernel(out, chunks.slots):
         # Not every version of Triton has what it needs.
         from .merge_hopper import launch_merge_hopper
 
-        launch_merge_hopper(
-            partial, partial_lse, index, out, lse, scale, first_row, first_head, first_token, tokens, parts, far
-        )
+        launch_merge_hopper(partial, partial_lse, index, out, lse, first_row, first_head, first_token, tokens, far)
         return
     tile = min(padded(chunks.slots * parts, 1), max(1, MERGE_TILE // padded(dim)))
     rows = max(1, MERGE_TILE // (padded(dim) * tile))
@@ -57,6 +55,11 @@ def launch_merge(
         num_heads, group, chunks.slots, padded(chunks.slots, 1), parts,
         dim, partial_lse is not None, far is not None, rows, tile, num_warps=1,
     )  # fmt: skip
+
+
+def _takes_hopper_kernel(out: Tensor, slots: int) -> bool:
+    """Whether `merge_hopper` merges the softmaxes of `out`."""
+    return slots <= MOST_HOPPER_SLOTS and has_hopper_kernels(out.shape[2], out.shape[2], out.dtype) and runs_gluon()
 
 
 @triton.jit

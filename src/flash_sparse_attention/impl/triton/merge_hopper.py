@@ -29,9 +29,12 @@ from .selected_hopper import BARRIER, LINE, WARPS, _by_16_bytes, _copy_rows
 
 # Of one slot of a tile of rows, of which a thread has 16 bytes.
 SLOT_BYTES = 32 * WARPS.value * 16
-# Slots of a stage at most, shared memory of the ring, stages of it at most, and programs of a multiprocessor, whose 227
-# KiB hold their rings and what goes beside them. Not measured yet.
-STAGE_SLOTS, RING_BYTES, MOST_STAGES, PROGRAMS = 8, 80 << 10, 12, 2
+# Slots of a stage at most, shared memory of the ring, stages of it at most, and programs of a multiprocessor. H200,
+# 65,536 tokens, 32/8 heads of 128, far slots of 16, of the 16 chunks each, ms: 0.1314 so, the kernel for other devices
+# 0.1460; rings of 80 KiB 0.1323; one program with 128 or 192 KiB 0.1343, 0.1358; three with 48 KiB 0.1322; stages of 4
+# slots 0.133. 64/4 heads, 8,192 tokens of 32/8, 8 slots of 16/4 (rings of 80 KiB): 0.144, 0.129, 0.087 for 0.164,
+# 0.143, 0.109. For sums of dQ, which wait for less, it took 0.141 to 0.143 for 0.139.
+STAGE_SLOTS, RING_BYTES, MOST_STAGES, PROGRAMS = 8, 48 << 10, 12, 2
 OPTIONS = {"num_warps": 4, "maxnreg": 96}
 PRODUCER = gl.constexpr(72)
 LINES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
@@ -42,19 +45,17 @@ MULTIPROCESSORS = 132
 
 def launch_merge_hopper(
     partial: Tensor,
-    partial_lse: Tensor | None,
+    partial_lse: Tensor,
     index: InvertedIndex,
     out: Tensor,
-    lse: Tensor | None,
-    scale: float,
+    lse: Tensor,
     first_row: int,
     first_head: int,
     first_token: int,
     tokens: int,
-    parts: int,
     far: Tensor | None,
 ) -> None:
-    """`merge.launch_merge`, for half precisions and heads of 64 and 128; `first_row`: of the bucket ends."""
+    """`merge.launch_merge` of softmaxes, in half precision, heads of 64 or 128; `first_row`: of the bucket ends."""
     (num_heads, dim), chunks = out.shape[1:], index.chunks
     group = num_heads // chunks.num_kv_heads
     # The larger one if both hold equally many slots that are not there.
@@ -63,11 +64,9 @@ def launch_merge_hopper(
     stages = min(max(2, RING_BYTES // (step * SLOT_BYTES)), MOST_STAGES)
     tiles = triton.cdiv(tokens * chunks.heads * group * dim * out.element_size(), SLOT_BYTES)
     _merge_slots_hopper_kernel[(min(tiles, PROGRAMS * _multiprocessors(out.device)),)](
-        partial, partial if partial_lse is None else partial_lse,
-        index.place if far is None else far, index.bucket_ends,
-        out, out if lse is None else lse, first_row, first_token, first_head, tokens, chunks.heads * group, scale,
-        num_heads, group, chunks.slots, padded(chunks.slots, 1), parts,
-        dim, partial_lse is not None, far is not None, step, stages, **OPTIONS,
+        partial, partial_lse, index.place if far is None else far, index.bucket_ends, out, lse,
+        first_row, first_token, first_head, tokens, chunks.heads * group,
+        num_heads, group, chunks.slots, padded(chunks.slots, 1), dim, far is not None, step, stages, **OPTIONS,
     )  # fmt: skip
 
 
@@ -109,8 +108,8 @@ def _copy_places(place_s, tile, place_ptr, num_rows, first, chunk_heads, NUM_HEA
 @gluon.jit
 def _produce(partial_ptr, partial_lse_ptr, place_ptr, out_ptr, lse_ptr, x_s, own_s, place_s, lse_s, own_lse_s, full,
              empty, program, programs, tiles, num_rows, first, first_pair, chunk_heads, NUM_HEADS: gl.constexpr,
-             GROUP: gl.constexpr, SLOTS: gl.constexpr, PARTS: gl.constexpr, DIM: gl.constexpr, SOFTMAX: gl.constexpr,
-             ADD: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr):  # fmt: skip
+             GROUP: gl.constexpr, SLOTS: gl.constexpr, DIM: gl.constexpr, ADD: gl.constexpr, STEP: gl.constexpr,
+             STAGES: gl.constexpr, AHEAD: gl.constexpr):  # fmt: skip
     """Fills the rings.
 
     Invariant: after n steps, all of n tiles was asked for, and the places of AHEAD more.
@@ -132,33 +131,28 @@ def _produce(partial_ptr, partial_lse_ptr, place_ptr, out_ptr, lse_ptr, x_s, own
     for i in range(0, tiles):
         tile, at_place, at_lse = program + i * programs, i % PLACES, i % HELD
         async_copy.wait_group(AHEAD - 1)
-        if SOFTMAX:
-            row, at_out = _rows(tile, num_rows, first, chunk_heads, NUM_HEADS, ROWS, gl.SliceLayout(0, lines))
-            place = place_s.index(at_place).load(lines)
-            at = (place - first_pair).to(gl.int64) * GROUP + (row % GROUP)[None, :]
-            there = (place >= 0) & (slot_of_lines < SLOTS)
-            async_copy.async_copy_global_to_shared(lse_s.index(at_lse), partial_lse_ptr + at, there)
-            if ADD:
-                async_copy.async_copy_global_to_shared(own_lse_s.index(at_lse), lse_ptr + at_out)
+        row, at_out = _rows(tile, num_rows, first, chunk_heads, NUM_HEADS, ROWS, gl.SliceLayout(0, lines))
+        place = place_s.index(at_place).load(lines)
+        at = (place - first_pair).to(gl.int64) * GROUP + (row % GROUP)[None, :]
+        there = (place >= 0) & (slot_of_lines < SLOTS)
+        async_copy.async_copy_global_to_shared(lse_s.index(at_lse), partial_lse_ptr + at, there)
         if ADD:
+            async_copy.async_copy_global_to_shared(own_lse_s.index(at_lse), lse_ptr + at_out)
             _, at_out = _rows(tile, num_rows, first, chunk_heads, NUM_HEADS, ROWS, gl.SliceLayout(1, _by_16_bytes(DIM)))
             _copy_rows(own_s.index(at_lse), out_ptr, at_out * DIM, DIM)
         row, _ = _rows(tile, num_rows, first, chunk_heads, NUM_HEADS, ROWS, gl.SliceLayout(0, slots))
-        in_pair = (row % GROUP * (PARTS * DIM))[None, :]
+        in_pair = (row % GROUP * DIM)[None, :]
         for step in gl.static_range(STEPS):
             place = place_s.index(at_place).slice(step * STEP, STEP).load(slots)
             there = place >= 0
             if SLOTS % STEP != 0:
                 there = there & (step * STEP + gl.arange(0, STEP, layout=gl.SliceLayout(1, slots)) < SLOTS)[:, None]
-            x_ptrs = partial_ptr + ((place - first_pair).to(gl.int64) * (GROUP * PARTS * DIM) + in_pair)[:, :, None]
-            for part in gl.static_range(PARTS):
-                number = (i * STEPS + step) * PARTS + part
-                stage = number % STAGES
-                mbarrier.wait(empty.index(stage), ((number // STAGES) & 1) ^ 1)
-                async_copy.async_copy_global_to_shared(
-                    x_slabs.index(stage), x_ptrs + (part * DIM + offs), there[:, :, None]
-                )
-                async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
+            x_ptrs = partial_ptr + ((place - first_pair).to(gl.int64) * (GROUP * DIM) + in_pair)[:, :, None]
+            number = i * STEPS + step
+            stage = number % STAGES
+            mbarrier.wait(empty.index(stage), ((number // STAGES) & 1) ^ 1)
+            async_copy.async_copy_global_to_shared(x_slabs.index(stage), x_ptrs + offs, there[:, :, None])
+            async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
         _copy_places(place_s.index((i + AHEAD) % PLACES), tile + AHEAD * programs, place_ptr, num_rows, first,
                      chunk_heads, NUM_HEADS, GROUP, SLOTS, ROWS, lines)  # fmt: skip
     async_copy.wait_group(0)
@@ -173,10 +167,9 @@ def _load_lse(lse_lines, place_lines, first_lse, first_place, SLOT: gl.constexpr
 
 @gluon.jit
 def _consume(out_ptr, lse_ptr, x_s, own_s, place_s, lse_s, own_lse_s, full, empty, program, programs, tiles, num_rows,
-             first, chunk_heads, scale, NUM_HEADS: gl.constexpr, SLOTS: gl.constexpr, PARTS: gl.constexpr,
-             DIM: gl.constexpr, SOFTMAX: gl.constexpr, ADD: gl.constexpr, STEP: gl.constexpr,
-             STAGES: gl.constexpr):  # fmt: skip
-    """Sums the slots of each row."""
+             first, chunk_heads, NUM_HEADS: gl.constexpr, SLOTS: gl.constexpr, DIM: gl.constexpr, ADD: gl.constexpr,
+             STEP: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """Merges the slots of each row."""
     ROWS: gl.constexpr = x_s.shape[1]
     PLACES: gl.constexpr = place_s.shape[0]
     HELD: gl.constexpr = lse_s.shape[0]
@@ -184,51 +177,43 @@ def _consume(out_ptr, lse_ptr, x_s, own_s, place_s, lse_s, own_lse_s, full, empt
     STEPS: gl.constexpr = (SLOTS + STEP - 1) // STEP
     layout: gl.constexpr = _by_16_bytes(DIM)
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
-    if SOFTMAX:
-        place_lines = place_s._reinterpret(gl.int32, [PLACES * SLOTS_PADDED, ROWS], LINE)
-        lse_lines = lse_s._reinterpret(gl.float32, [HELD * SLOTS_PADDED, ROWS], LINE)
+    place_lines = place_s._reinterpret(gl.int32, [PLACES * SLOTS_PADDED, ROWS], LINE)
+    lse_lines = lse_s._reinterpret(gl.float32, [HELD * SLOTS_PADDED, ROWS], LINE)
     for i in range(0, tiles):
-        tile, first_number = program + i * programs, i * (STEPS * PARTS)
+        tile, first_number = program + i * programs, i * STEPS
         at_lse = i % HELD
         first_place, first_lse = i % PLACES * SLOTS_PADDED, at_lse * SLOTS_PADDED
         total = gl.zeros([ROWS, DIM], gl.float32, layout)
         # What does not belong to a slot has come with the first stage.
         mbarrier.wait(full.index(first_number % STAGES), (first_number // STAGES) & 1)
-        if SOFTMAX:
-            largest = gl.full([ROWS], -float("inf"), gl.float32, row_layout)
-            for slot in gl.static_range(SLOTS):
-                slot_lse = _load_lse(lse_lines, place_lines, first_lse, first_place, slot, row_layout)
-                largest = gl.maximum(largest, slot_lse)
-            if ADD:
-                own_lse = own_lse_s.index(at_lse).load(row_layout)
-                largest = gl.maximum(largest, own_lse)
-            largest = finite_maximum(largest)
-            exp_sum = gl.zeros([ROWS], gl.float32, row_layout)
-            if ADD:
-                exp_sum = gl.exp2((own_lse - largest) * LOG2_E)
-                total = own_s.index(at_lse).load(layout).to(gl.float32) * exp_sum[:, None]
+        largest = gl.full([ROWS], -float("inf"), gl.float32, row_layout)
+        for slot in gl.static_range(SLOTS):
+            slot_lse = _load_lse(lse_lines, place_lines, first_lse, first_place, slot, row_layout)
+            largest = gl.maximum(largest, slot_lse)
+        if ADD:
+            own_lse = own_lse_s.index(at_lse).load(row_layout)
+            largest = gl.maximum(largest, own_lse)
+        largest = finite_maximum(largest)
+        exp_sum = gl.zeros([ROWS], gl.float32, row_layout)
+        if ADD:
+            exp_sum = gl.exp2((own_lse - largest) * LOG2_E)
+            total = own_s.index(at_lse).load(layout).to(gl.float32) * exp_sum[:, None]
         for step in gl.static_range(STEPS):
-            for part in gl.static_range(PARTS):
-                number = first_number + step * PARTS + part
-                stage = number % STAGES
-                mbarrier.wait(full.index(stage), (number // STAGES) & 1)
-                for slot in gl.static_range(step * STEP, _end_of_step(step, STEP, SLOTS)):
-                    x = x_s.index(stage * STEP + slot % STEP).load(layout).to(gl.float32)
-                    if SOFTMAX:
-                        slot_lse = _load_lse(lse_lines, place_lines, first_lse, first_place, slot, row_layout)
-                        weight = gl.exp2((slot_lse - largest) * LOG2_E)
-                        exp_sum += weight
-                        x = x * weight[:, None]
-                    total += x
-                mbarrier.arrive(empty.index(stage), count=1)
+            number = first_number + step
+            stage = number % STAGES
+            mbarrier.wait(full.index(stage), (number // STAGES) & 1)
+            for slot in gl.static_range(step * STEP, _end_of_step(step, STEP, SLOTS)):
+                x = x_s.index(stage * STEP + slot % STEP).load(layout).to(gl.float32)
+                slot_lse = _load_lse(lse_lines, place_lines, first_lse, first_place, slot, row_layout)
+                weight = gl.exp2((slot_lse - largest) * LOG2_E)
+                exp_sum += weight
+                total += x * weight[:, None]
+            mbarrier.arrive(empty.index(stage), count=1)
         mask = tile * ROWS + gl.arange(0, ROWS, layout=row_layout) < num_rows
         _, at_out = _rows(tile, num_rows, first, chunk_heads, NUM_HEADS, ROWS, row_layout)
-        if SOFTMAX:
-            gl.store(lse_ptr + at_out, largest + gl.log2(exp_sum) * LN_2, mask=mask)
-            # Rows that have nothing: all weights are 0, and so is the sum.
-            total = total * (1.0 / gl.where(exp_sum == 0.0, 1.0, exp_sum))[:, None]
-        else:
-            total = total * scale
+        gl.store(lse_ptr + at_out, largest + gl.log2(exp_sum) * LN_2, mask=mask)
+        # Rows that have nothing: all weights are 0, and so is the sum.
+        total = total * (1.0 / gl.where(exp_sum == 0.0, 1.0, exp_sum))[:, None]
         offs = gl.arange(0, DIM, layout=gl.SliceLayout(0, layout))
         out_ptrs = out_ptr + (at_out * DIM)[:, None] + offs[None, :]
         gl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=mask[:, None])
@@ -247,19 +232,16 @@ def _merge_slots_hopper_kernel(
     first_head,
     tokens,
     chunk_heads,
-    scale,
     NUM_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
     SLOTS: gl.constexpr,
     SLOTS_PADDED: gl.constexpr,
-    PARTS: gl.constexpr,
     DIM: gl.constexpr,
-    SOFTMAX: gl.constexpr,
     ADD: gl.constexpr,
     STEP: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """What `_merge_slots_kernel` computes; softmaxes have one part.
+    """What `_merge_slots_kernel` computes of softmaxes.
 
     Grid: (program,); of P programs, the p-th has the tiles p, p + P, ... of rows of the chunk.
     Owns: out[row] and lse[row] of its tiles, by plain stores.
@@ -267,7 +249,7 @@ def _merge_slots_hopper_kernel(
     """
     dtype: gl.constexpr = partial_ptr.dtype.element_ty
     ROWS: gl.constexpr = 32 * WARPS * 8 // DIM
-    STEPS: gl.constexpr = (SLOTS + STEP - 1) // STEP * PARTS
+    STEPS: gl.constexpr = (SLOTS + STEP - 1) // STEP
     # Tiles of which the ring has slots at a time, at most; tiles whose places are asked for before.
     HELD: gl.constexpr = (STAGES + STEPS - 1) // STEPS + 1
     AHEAD: gl.constexpr = HELD + 1
@@ -279,7 +261,7 @@ def _merge_slots_hopper_kernel(
         mbarrier.init(empty.index(i), count=1)
     x_s = gl.allocate_shared_memory(dtype, [STAGES * STEP, ROWS, DIM], LINES)
     place_s = gl.allocate_shared_memory(gl.int32, [PLACES, SLOTS_PADDED, ROWS], LINES)
-    lse_s = gl.allocate_shared_memory(gl.float32, [HELD, SLOTS_PADDED if SOFTMAX else 1, ROWS], LINES)
+    lse_s = gl.allocate_shared_memory(gl.float32, [HELD, SLOTS_PADDED, ROWS], LINES)
     own_s = gl.allocate_shared_memory(dtype, [HELD, ROWS, DIM if ADD else 1], LINES)
     own_lse_s = gl.allocate_shared_memory(gl.float32, [HELD, ROWS], LINE)
     first_pair = gl.load(bucket_end_ptr + first_row - 1, mask=first_row > 0, other=0)
@@ -292,12 +274,12 @@ def _merge_slots_hopper_kernel(
         [
             (_consume, (
                 out_ptr, lse_ptr, x_s, own_s, place_s, lse_s, own_lse_s, full, empty, program, programs, tiles,
-                num_rows, first, chunk_heads, scale, NUM_HEADS, SLOTS, PARTS, DIM, SOFTMAX, ADD, STEP, STAGES,
+                num_rows, first, chunk_heads, NUM_HEADS, SLOTS, DIM, ADD, STEP, STAGES,
             )),
             (_produce, (
                 partial_ptr, partial_lse_ptr, place_ptr, out_ptr, lse_ptr, x_s, own_s, place_s, lse_s, own_lse_s, full,
                 empty, program, programs, tiles, num_rows, first, first_pair, chunk_heads,
-                NUM_HEADS, GROUP, SLOTS, PARTS, DIM, SOFTMAX, ADD, STEP, STAGES, AHEAD,
+                NUM_HEADS, GROUP, SLOTS, DIM, ADD, STEP, STAGES, AHEAD,
             )),
         ],
         [WARPS],

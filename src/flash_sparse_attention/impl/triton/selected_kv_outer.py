@@ -63,14 +63,14 @@ def launch_selected_fwd_kv_outer(
     partial = q.new_empty(chunks.pairs * group, dim_v)
     partial_lse = lse.new_empty(chunks.pairs * group)
     specialized = specialized_kernels(tiles, q, k, v)
-    hopper = specialized is not None
     descriptor = specialized and specialized.tile_descriptor(partial, 1)
     far = None
     # Tiles for Hopper count on its kernel of near blocks; the other one gains nothing there.
     if tiles.dense_near and (specialized or not tiles.specialized):
         segments = index.far_segments(tiles.segment_pairs, cu_seqlens, block_size, cu_seqlens_k)
         far = launch_near(
-            q, k, v, block_indices, index, out, lse, cu_seqlens, cu_seqlens_k, block_size, softmax_scale, hopper,
+            q, k, v, block_indices, index, out, lse, cu_seqlens, cu_seqlens_k, block_size, softmax_scale,
+            specialized is not None,
         )  # fmt: skip
     else:
         segments = index.segments(tiles.segment_pairs)
@@ -92,8 +92,7 @@ def launch_selected_fwd_kv_outer(
                     q, k, v, partial, partial_lse, *lists, *common, *strides, group, dim_k, dim_v, block_size,
                     tiles.rows, tiles.keys, tiles.stages, **launch_options(tiles),
                 )  # fmt: skip
-            rows = first_head, first_token, tokens
-            launch_merge(partial, partial_lse, index, out, lse, 1.0, *rows, far=far, specialized=hopper)
+            launch_merge(partial, partial_lse, index, out, lse, 1.0, first_head, first_token, tokens, far=far)
     return out, lse
 
 
@@ -284,7 +283,6 @@ def launch_selected_bwd_kv_outer(
     dk_sum = k.new_empty((k.shape[0], chunks.heads, dim_k) if many else (1,), dtype=dtype)
     dv_sum = v.new_empty((k.shape[0], chunks.heads, dim_v) if many else (1,), dtype=dtype)
     specialized = specialized_kernels(tiles, q, k, v, d_out)
-    hopper = specialized is not None
     descriptor = specialized and specialized.tile_descriptor(partial, parts) if dq is not None else None
     for segments in index.segments(tiles.segment_pairs):
         places = chunks.buckets * segments.classes
@@ -314,8 +312,7 @@ def launch_selected_bwd_kv_outer(
                 num_kv_heads, dim_k, dim_v, block_size, parts * tiles.keys, SUM_KEYS,
             )  # fmt: skip
             if dq is not None:
-                rows = first_head, first_token, tokens
-                launch_merge(partial, None, index, dq, None, softmax_scale, *rows, parts, specialized=hopper)
+                launch_merge(partial, None, index, dq, None, softmax_scale, first_head, first_token, tokens, parts)
     return dk, dv
 
 

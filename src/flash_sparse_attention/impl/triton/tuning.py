@@ -464,11 +464,11 @@ def built_in_tiles(shape: SelectedShape) -> SelectedTiles:
 
 def _can_specialize(shape: SelectedShape) -> bool:
     """Whether `selected_hopper` has kernels for a shape; its forward kernel is for blocks of 64 alone."""
-    return shape.block_size % 64 == 0 and _has_hopper_kernels(shape.dim_k, shape.dim_v, shape.dtype)
+    return shape.block_size % 64 == 0 and has_hopper_kernels(shape.dim_k, shape.dim_v, shape.dtype)
 
 
-def _has_hopper_kernels(dim_k: int, dim_v: int, dtype: torch.dtype) -> bool:
-    """Whether `selected_hopper` and `interval_hopper` are for such heads."""
+def has_hopper_kernels(dim_k: int, dim_v: int, dtype: torch.dtype) -> bool:
+    """Whether `selected_hopper`, `interval_hopper` and `merge_hopper` are for such heads."""
     return dim_k == dim_v and dim_k in (64, 128) and dtype in (torch.bfloat16, torch.float16)
 
 
@@ -525,7 +525,7 @@ def interval_schedule(
     # H200, 65,536 tokens, 32/8 heads of 128, ms. Window of 512, forward: 1.98 so; rows, keys, warps, stages 64, 64, 4,
     # 3: 2.23; 128, 64, 8, 3: 2.40. dQ: 2.42 so; 64, 32, 4, 3: 2.47; 128, 64, 8, 3: 2.61. dK and dV: 2.81 so; 32, 128,
     # 8, 3: 3.35; 64, 64, 4, 2: 3.33.
-    hopper = capability == 90 and _has_hopper_kernels(dim_k, dim_v, dtype)
+    hopper = capability == 90 and has_hopper_kernels(dim_k, dim_v, dtype)
     if windowed:
         # Kernels of `interval_hopper`: 1.52, 1.76 and 2.15.
         forward, dq, dkv = IntervalTiles(64, 32, 4, 3, 168), IntervalTiles(64, 64, 4, 2), IntervalTiles(32, 64, 4, 3)

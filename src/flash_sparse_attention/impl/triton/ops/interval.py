@@ -69,7 +69,7 @@ def _interval_attention(
 @on_its_device
 def _interval_attention_backward(
     d_out: Tensor,
-    d_lse: Tensor,
+    d_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -90,7 +90,7 @@ def _interval_attention_backward(
     bounds = cu_seqlens, key_bounds(cu_seqlens, cu_seqlens_k, kernel_size, kernel_stride)
     schedule = interval_schedule(q.shape[2], v.shape[2], q.dtype, window_size > 0)
     sizes = IntervalSizes.of(kernel_size, kernel_stride, window_size, softmax_scale)
-    given = d_out, q, k, v, *launch_shifts(d_out, d_lse.contiguous(), out, lse)
+    given = d_out, q, k, v, *launch_shifts(d_out, d_lse, out, lse)
     launch_interval_dq(*given, *bounds, sizes, schedule.dq, dq, cu_seqlens_k=cu_seqlens_k)
     return dq, *launch_interval_dkv(*given, *bounds, sizes, schedule.dkv, cu_seqlens_k)
 
@@ -100,11 +100,15 @@ def _empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _save(ctx, inputs, output):
+    # Zeros where nobody differentiates lse would take time and memory.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:5], *output)
     ctx.sizes = inputs[5:]
 
 
 def _differentiate(ctx, d_out, d_lse):
+    if d_out is None:
+        d_out = torch.zeros_like(ctx.saved_tensors[5])
     return (*_interval_attention_backward(d_out, d_lse, *ctx.saved_tensors, *ctx.sizes), *[None] * 6)
 
 

@@ -115,7 +115,7 @@ def attend_selected(
 @on_its_device
 def _selected_attention_backward(
     d_out: Tensor,
-    d_lse: Tensor,
+    d_lse: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -136,7 +136,7 @@ def _selected_attention_backward(
     if q.shape[0] == 0:
         return _empty_gradients(q, k, v)
     q, k, v, d_out = map(dense_rows, (q, k, v, d_out))
-    shift, delta = launch_shifts(d_out, d_lse.contiguous(), out, lse)
+    shift, delta = launch_shifts(d_out, d_lse, out, lse)
     tensors = d_out, q, k, v, block_indices.contiguous(), cu_seqlens, cu_seqlens_k, shift, delta
     return differentiate_selected(
         *tensors, place, pairs, bucket_ends, block_size, softmax_scale, loop_order, workspace_mib
@@ -248,12 +248,16 @@ def _empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def _save(ctx, inputs, output):
+    # Zeros for what nobody differentiates, an index among it, would take time and memory.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:6], *output)
     # Not whether the index is kept: an empty one is not.
     ctx.sizes = inputs[6:-1]
 
 
 def _differentiate(ctx, d_out, d_lse, *_):
+    if d_out is None:
+        d_out = torch.zeros_like(ctx.saved_tensors[6])
     return (*_selected_attention_backward(d_out, d_lse, *ctx.saved_tensors, *ctx.sizes), *[None] * 8)
 
 
