@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import inspect
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -105,8 +106,13 @@ def know_dtypes_of_numpy(interpreter: Any) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest, the compilation of kernels, comes first, so that no worker is left with it at the end."""
-    items.sort(key=lambda item: "test_triton_compile" not in item.nodeid)
+    """What takes longest comes first, so that no worker is left with it at the end: the compilation of kernels, and of
+    other tests those that run an operator again and again, for its contract."""
+
+    def place(item: pytest.Item) -> tuple[bool, bool]:
+        return "test_triton_compile" not in item.nodeid, not re.search("contract|opcheck", item.name)
+
+    items.sort(key=place)
 
 
 def pytest_collection_finish() -> None:

@@ -319,7 +319,8 @@ def too_much(case: Case, kernel: Compiled) -> Iterator[str]:
             yield f"{kernel.variant}: {taken} {resource}, more than {bound}"
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+# Those of the whole attention, which take longest, first: no worker is left with one of them at the end.
+@pytest.mark.parametrize("case", sorted(CASES, key=lambda case: not case.branches), ids=str)
 def test_compiles_and_fits(compiler: Compiler, case: Case):
     compiled = compile_all(compiler, case)
     names, expected = {kernel.name for kernel in compiled}, kernel_names()
