@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
 import inspect
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,16 +29,33 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def hasten_the_interpreter() -> None:
-    """Triton's interpreter looks through all that `triton.language` has at each call of a function of a kernel: a tenth
-    of the time of these tests. What there is to be replaced does not change, so its names are kept."""
+    """Leaves out of Triton's interpreter what it does again and again to no end: half of the time of these tests.
+
+    What it computes, and what of it fails, stays as it is. Other versions of Triton, which do it in another way, are
+    left alone.
+    """
     try:
-        from triton.language import core
         from triton.runtime import interpreter
     except ImportError:
         return
-    if not (hasattr(interpreter, "_patch_builtin") and hasattr(interpreter, "_patch_attr")):
-        # A version of Triton that does it in another way.
-        return
+    if hasattr(interpreter, "_patch_builtin") and hasattr(interpreter, "_patch_attr"):
+        look_through_modules_once(interpreter)
+    if hasattr(interpreter, "_LangPatchScope") and hasattr(interpreter, "_patch_lang"):
+        patch_once_a_launch(interpreter)
+    if hasattr(interpreter, "_get_np_dtype"):
+        know_dtypes_of_numpy(interpreter)
+    # Each sum, difference and product of integers is computed again in 64 bits for an assertion, which is then not made
+    # unless kernels are debugged.
+    options = getattr(interpreter.interpreter_builder, "options", None)
+    if getattr(options, "debug", None) is False and hasattr(options, "sanitize_overflow"):
+        interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
+
+
+def look_through_modules_once(interpreter: Any) -> None:
+    """It looks through all that `triton.language` has at each call of a function of a kernel. What there is to be
+    replaced does not change, so its names are kept."""
+    from triton.language import core
+
     names: dict[object, list[str]] = {}
 
     def patch_builtin(package: Any, *rest: Any) -> None:
@@ -49,9 +69,56 @@ def hasten_the_interpreter() -> None:
     interpreter._patch_builtin = patch_builtin
 
 
+def patch_once_a_launch(interpreter: Any) -> None:
+    """It replaces functions of `triton.language` for a launch, and again at each call of a function in it, which adds
+    nothing after the first call from a module: only the launch puts them back."""
+    patch_lang, done = interpreter._patch_lang, set()
+
+    class Scope(interpreter._LangPatchScope):
+        def restore(self) -> None:
+            super().restore()
+            done.clear()
+
+    def patch(fn: Any) -> Any:
+        # The interpreter adds to the globals of a module when it first calls a function of it.
+        module = id(fn.__globals__), len(fn.__globals__)
+        if module in done:
+            return Scope()
+        scope = patch_lang(fn)
+        done.add(module)
+        return scope
+
+    interpreter._LangPatchScope, interpreter._patch_lang = Scope, patch
+
+
+def know_dtypes_of_numpy(interpreter: Any) -> None:
+    """It makes a table of all dtypes each time that it looks one up."""
+    np_dtype, known = interpreter._get_np_dtype, {}
+
+    def look_up(dtype: Any) -> Any:
+        # Of blocks their elements'; dtypes are equal where their names are.
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = np_dtype(dtype)
+        return known[name]
+
+    interpreter._get_np_dtype = look_up
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest, the compilation of kernels, comes first, so that no worker is left with it at the end."""
-    items.sort(key=lambda item: "test_triton_compile" not in item.nodeid)
+    """What takes longest comes first, so that no worker is left with it at the end: the compilation of kernels, and of
+    other tests those that run an operator again and again, for its contract."""
+
+    def place(item: pytest.Item) -> tuple[bool, bool]:
+        return "test_triton_compile" not in item.nodeid, not re.search("contract|opcheck", item.name)
+
+    items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: the garbage collector need not look through it, a quarter of a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

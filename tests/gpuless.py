@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -53,15 +54,15 @@ class Compiled:
 class TargetDriver:
     """What Triton asks of a driver before a kernel runs, answered for a GPU that is not there."""
 
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
+    def __init__(self, target: GPUTarget, device: str = "not there") -> None:
+        self.target, self.device = target, device
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> tuple[str, int]:
         """Names the caches of compiled kernels, which those of a real device (a number) must not meet."""
-        return "not there", self.target.arch
+        return self.device, self.target.arch
 
     def get_current_stream(self, device: object) -> int:
         return 0
@@ -78,6 +79,7 @@ class Compiler:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, cache_dir: Path) -> None:
         self._launched: dict[str, Compiled] = {}
+        self._wanted: dict[tuple[str, str], str] = {}
         monkeypatch.setenv("TRITON_CACHE_DIR", str(cache_dir))
         # The report of the assembler, which has the spills, is printed where a kernel is compiled.
         monkeypatch.setenv("TRITON_DUMP_PTXAS_LOG", "1")
@@ -87,8 +89,12 @@ class Compiler:
             report = io.StringIO()
             with contextlib.redirect_stdout(report):
                 binary = run(kernel, *args, **{**kwargs, "warmup": True})
+            flags = [name for name, arg in zip(kernel.arg_names, args, strict=False) if arg is True]
+            if binary is None:
+                name = kernel.fn.__name__
+                self._wanted[name, self._key] = " ".join([name, *flags])
+                return binary
             if binary.hash not in self._known:
-                flags = [name for name, arg in zip(kernel.arg_names, args, strict=False) if arg is True]
                 self._known[binary.hash] = _resources(binary, flags, report.getvalue())
             self._launched[binary.hash] = self._known[binary.hash]
             return binary
@@ -100,11 +106,32 @@ class Compiler:
     def launches(self, arch: int) -> Iterator[dict[str, Compiled]]:
         """Launches in the body are compiled for a compute capability, into the dictionary, by their hashes."""
         self._launched = {}
+        with self._target(TargetDriver(GPUTarget("cuda", arch, 32))):
+            yield self._launched
+
+    @contextlib.contextmanager
+    def specializations(self, arch: int) -> Iterator[dict[tuple[str, str], str]]:
+        """Launches in the body are not compiled: into the dictionary go the variants of their kernels, by their names
+        and all that Triton would compile them for, which is what it knows compiled kernels by."""
+        self._wanted = {}
+
+        def refuse(*, key: str, **_: Any) -> bool:
+            self._key = key
+            return True
+
+        # For a device of its own, for which nothing was ever compiled.
+        with self._target(TargetDriver(GPUTarget("cuda", arch, 32), "nor compiled for")) as patch:
+            patch.setattr(knobs.runtime, "jit_cache_hook", refuse)
+            yield self._wanted
+
+    @contextlib.contextmanager
+    def _target(self, target: TargetDriver) -> Iterator[pytest.MonkeyPatch]:
+        """What is launched in the body is launched on a GPU that is not there."""
         with self._monkeypatch.context() as patch:
             # The plain attribute, as Triton's own way back (`reset_active`) fails where there is no GPU.
             attribute = "_active" if "_active" in vars(driver) else "active"
-            patch.setattr(driver, attribute, TargetDriver(GPUTarget("cuda", arch, 32)))
-            yield self._launched
+            patch.setattr(driver, attribute, target)
+            yield patch
 
 
 def _resources(binary: Any, flags: list[str], report: str) -> Compiled:
