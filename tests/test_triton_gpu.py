@@ -99,6 +99,36 @@ def test_a_small_workspace_changes_no_output(eight_bits: bool, dtype: torch.dtyp
         torch.testing.assert_close(a, b, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "dim", "slots", "block_size"),
+    [((8, 2), 128, 16, 64), ((5, 1), 64, 12, 64), ((6, 2), 128, 3, 128)],
+    ids=str,
+)
+def test_merge_by_warps_of_two_kinds(
+    heads: tuple[int, int], dim: int, slots: int, block_size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    from flash_sparse_attention.impl.triton import merge
+
+    if not runs_gluon():
+        pytest.skip("the kernel is for sm_90 and some versions of Triton")
+    *x, _ = inputs(3001, *heads, dim, dtype)
+    indices = random_selection(3001, heads[1], slots, 47, "cuda")
+    layout = SequenceLayout.from_lengths([1500, 0, 1, 1500], "cuda")
+
+    def attend() -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            options = {"block_size": block_size, "cu_seqlens": layout, "workspace_mib": 4, "impl": "triton"}
+            return selected_attention(*x, indices, loop_order="kv_outer", **options)  # type: ignore[arg-type]
+
+    first, again = attend(), attend()
+    monkeypatch.setattr(merge, "MOST_HOPPER_SLOTS", 0)
+    expected = attend()
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    torch.testing.assert_close(first[0], expected[0], rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps / 4)
+    torch.testing.assert_close(first[1], expected[1], rtol=1e-6, atol=1e-5)
+
+
 @pytest.mark.parametrize("workspace_mib", [16, 64])
 def test_the_workspace_keeps_to_its_bound(workspace_mib: int):
     x, indices = inputs(16384), random_selection(16384, 2, 16, 256, "cuda")

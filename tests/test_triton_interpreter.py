@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
-from flash_sparse_attention import SequenceLayout, geometry, selected_attention
+from flash_sparse_attention import Interval, SequenceLayout, geometry, interval_attention, selected_attention
 from flash_sparse_attention.accuracy import Case, judge
 from triton_cases import config, random_selection
 
@@ -108,7 +108,12 @@ def test_index_against_counting_one_by_one(
     keys = SequenceLayout.from_lengths([a + b for a, b in zip(lengths, past, strict=True)])
     layout = SequenceLayout.from_lengths(lengths).after(keys)
     indices = random_selection(tokens, heads, slots, geometry.num_blocks(keys.max_length, block_size))
-    index = build(indices, layout, block_size, workspace)
+    # Memory that nobody wrote to is full of what no index has.
+    torch.use_deterministic_algorithms(True)
+    try:
+        index = build(indices, layout, block_size, workspace)
+    finally:
+        torch.use_deterministic_algorithms(False)
     chunks = index.chunks
     assert (chunks.head_chunks * chunks.token_chunks == 1) == (workspace == 1 << 20)
     expected: dict[tuple[int, int, int, int], list[tuple[int, int]]] = {}
@@ -126,6 +131,8 @@ def test_index_against_counting_one_by_one(
     # Buckets in their order, tokens ascending, each slot knowing its place.
     flat = [(token, key[1], slot) for key in sorted(expected) for token, slot in expected[key]]
     assert [token for token, _, _ in flat] == index.pairs[: len(flat)].tolist()
+    assert len(flat) < index.pairs.numel()
+    assert (index.pairs[len(flat) :] == 0).all()
     assert [int(index.place[at]) for at in flat] == list(range(len(flat)))
 
     bounds = layout.cu_seqlens, block_size, None if layout.with_past is None else keys.cu_seqlens
@@ -258,6 +265,25 @@ def test_any_softmax_scale(scale: float):
     indices = random_selection(60, 2, 3, 4)
     got = outputs_and_gradients(q, k, v, indices, impl="triton", softmax_scale=scale)
     assert_same(got, outputs_and_gradients(q, k, v, indices, impl="reference", softmax_scale=scale))
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_gradients_of_the_output_or_of_lse_alone(part: int):
+    q, k, v = draw()
+    indices, layout, interval = random_selection(60, 2, 3, 4), SequenceLayout.from_lengths([60]), Interval(8, 4)
+    keys = [x[: interval.num_keys(60)] for x in (k, v)]
+    for attend in (
+        lambda impl: selected_attention(q, k, v, indices, block_size=16, cu_seqlens=layout, impl=impl),
+        lambda impl: interval_attention(q, *keys, interval, cu_seqlens=layout, impl=impl),
+    ):
+        got, expected = (
+            torch.autograd.grad(
+                attend(impl)[part][8:].sin().sum(), (q, k, v), allow_unused=True, materialize_grads=True
+            )
+            for impl in ("triton", "reference")
+        )
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("loop_order", ["kv_outer", "query_outer"])

@@ -280,10 +280,9 @@ def build_index(
     _start_runs_kernel[(triton.cdiv(buckets, SCAN_BUCKETS), chunks.token_chunks)](
         counts, totals, bucket_ends, chunks.runs, buckets, SCAN_RUNS, SCAN_BUCKETS
     )
-    # Zeros, so that an index that is saved has nothing undefined in it.
-    pairs = torch.zeros(block_indices.numel(), **new)
+    pairs = torch.empty(block_indices.numel(), **new)
     _scatter_pairs_kernel[(triton.cdiv(total_tokens, chunks.tokens_per_run), num_kv_heads)](
-        block_indices, cu_seqlens, cu_seqlens_k, place, counts, pairs,
+        block_indices, cu_seqlens, cu_seqlens_k, place, counts, bucket_ends, bucket_ends.numel(), pairs,
         total_tokens, cu_seqlens.numel() - 1, chunks.num_blocks, chunks.tokens_per_run,
         num_kv_heads, slots, padded(slots, 1), block_size, tokens_per_step(slots), num_warps=1,
     )  # fmt: skip
@@ -407,13 +406,15 @@ def _entries(
     return block, tl.load(place_ptr + offs, mask=mask, other=-1)
 
 
-@triton.jit(do_not_specialize=["total_tokens", "num_sequences", "num_blocks", "tokens_per_run"])
+@triton.jit(do_not_specialize=["num_ends", "total_tokens", "num_sequences", "num_blocks", "tokens_per_run"])
 def _scatter_pairs_kernel(
     block_indices_ptr,
     cu_seqlens_ptr,
     cu_seqlens_k_ptr,
     place_ptr,
     counter_ptr,
+    bucket_end_ptr,
+    num_ends,
     pairs_ptr,
     total_tokens,
     num_sequences,
@@ -428,7 +429,8 @@ def _scatter_pairs_kernel(
     """Writes the pairs of a run to their places, in the order of their tokens.
 
     Grid: (run of all tokens, kv head).
-    Owns: the pairs and places of the run, and its counters, which nobody else touches.
+    Owns: the pairs and places of the run, and its counters, which nobody else touches; and a share of `pairs` as far as
+        it is behind all pairs: zeros, so that an index that is saved has nothing undefined in it.
     Invariant: after a step, each counter of the run stands behind the pairs written so far.
     """
     head = tl.program_id(1)
@@ -467,6 +469,13 @@ def _scatter_pairs_kernel(
         tl.debug_barrier()
         tl.store(counter_ptr + counter, at + 1, mask=last)
         tl.debug_barrier()
+    entries = total_tokens.to(tl.int64) * (HEADS * SLOTS)
+    share = tl.cdiv(entries, tl.num_programs(0) * HEADS)
+    share_begin = share * (tl.program_id(0) * HEADS + head)
+    share_end = tl.minimum(share_begin + share, entries)
+    share_begin = tl.maximum(share_begin, tl.load(bucket_end_ptr + num_ends - 1))
+    for behind in range(share_begin, share_end, ENTRIES):
+        tl.store(pairs_ptr + behind + entry, 0, mask=behind + entry < share_end)
 
 
 @triton.jit
