@@ -33,7 +33,8 @@ from flash_sparse_attention.impl.triton.interval import (
     launch_interval_dq,
     launch_interval_fwd,
 )
-from flash_sparse_attention.impl.triton.inverted_index import mark_valid
+from flash_sparse_attention.impl.triton.inverted_index import Chunks, InvertedIndex, mark_valid
+from flash_sparse_attention.impl.triton.merge import MOST_HOPPER_SLOTS, launch_merge
 from flash_sparse_attention.impl.triton.ops import selected as ops
 from flash_sparse_attention.impl.triton.selected_kv_outer import (
     launch_selected_bwd_kv_outer,
@@ -151,8 +152,8 @@ HOPPER = {
     BACKWARD: "_selected_bwd_hopper_kernel WITH_DQ",
     BACKWARD_WITHOUT_DQ: "_selected_bwd_hopper_kernel",
 }
-# Kernels of tiles that lie side by side, and those of them that Hopper has others for.
 MERGE = "_merge_slots_kernel", "_merge_slots_hopper_kernel"
+# Kernels of tiles that lie side by side, and those of them that Hopper has others for.
 NEAR, SPLIT = ("_selected_near_kernel", "_selected_near_hopper_kernel"), "_split_entries_kernel"
 INTERVAL = ("_interval_fwd_kernel", "_interval_dq_kernel", "_interval_dkv_kernel")
 HOPPER_INTERVAL = tuple(name.replace("_kernel", "_hopper_kernel") for name in INTERVAL)
@@ -338,10 +339,7 @@ def test_compiles_and_fits(compiler: Compiler, case: Case):
     expected -= set() if case.hopper_merge else {MERGE[1]}
     assert names == expected if case.branches else names < expected
     assert not [problem for kernel in compiled for problem in too_much(case, kernel)]
-    merges = [kernel for kernel in compiled if kernel.name == MERGE[1]]
-    # Two programs fit on a multiprocessor of 228 KiB, of which each has 1 KiB beside its own.
-    assert not [kernel.variant for kernel in merges if kernel.shared_bytes > 113 << 10]
-    assert not [kernel.variant for kernel in merges if "cp.async.cg.shared.global" not in kernel.ptx]
+    assert_merges_fit([kernel for kernel in compiled if kernel.name == MERGE[1]])
     if case.dtype != torch.float32 and max(case.dims) <= 128:
         forward, backward = case.specialized
         wanted = SELECTED if case.without_dq else (FORWARD, BACKWARD)
@@ -354,6 +352,28 @@ def test_compiles_and_fits(compiler: Compiler, case: Case):
         assert {*selected, *dense} <= {x for k in main for x in (k.variant, k.name)}
         assert not [kernel.variant for kernel in main if MATRIX_UNITS[case.arch] not in kernel.ptx]
         assert not [kernel.variant for kernel in compiled if "_hopper_" in kernel.name and kernel.serialized]
+
+
+def assert_merges_fit(merges: list[Compiled]) -> None:
+    """Two programs fit on a multiprocessor of 228 KiB, of which each has 1 KiB beside its own; copies have 16 bytes."""
+    assert not [kernel.variant for kernel in merges if kernel.shared_bytes > 113 << 10]
+    assert not [kernel.variant for kernel in merges if "cp.async.cg.shared.global" not in kernel.ptx]
+
+
+@pytest.mark.parametrize(("slots", "dim"), [(1, 128), (MOST_HOPPER_SLOTS, 64)], ids=str)
+def test_merges_of_fewest_and_most_slots_fit(compiler: Compiler, slots: int, dim: int):
+    tokens, new = 4096, {"device": "meta", "dtype": torch.bfloat16}
+    block_indices = torch.empty(tokens, NUM_KV_HEADS, slots, dtype=torch.int32, device="meta")
+    chunks = Chunks.fit(block_indices, tokens, 1, 64, 1, 1 << 30)
+    index = InvertedIndex(chunks, block_indices, block_indices.view(-1), block_indices.view(-1))
+    out, lse = torch.empty(tokens, 32, dim, **new), torch.empty(tokens, 32, device="meta")
+    partial, partial_lse = torch.empty(4 * chunks.pairs, dim, **new), torch.empty(4 * chunks.pairs, device="meta")
+    with compiler.launches(90) as launched:
+        launch_merge(partial, partial_lse, index, out, lse, 1.0, 0, 0, tokens, far=block_indices)
+    [merge] = launched.values()
+    assert merge.name == MERGE[1]
+    assert merge.spill_bytes == 0
+    assert_merges_fit([merge])
 
 
 def kernel_names(decoding: bool = False) -> set[str]:

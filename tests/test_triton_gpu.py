@@ -102,7 +102,7 @@ def test_a_small_workspace_changes_no_output(eight_bits: bool, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("heads", "dim", "slots", "block_size"),
-    [((8, 2), 128, 16, 64), ((5, 1), 64, 12, 64), ((6, 2), 128, 3, 128)],
+    [((8, 2), 128, 16, 64), ((5, 1), 64, 12, 64), ((6, 2), 128, 3, 128), ((4, 4), 128, 1, 64)],
     ids=str,
 )
 def test_merge_by_warps_of_two_kinds(

@@ -322,8 +322,9 @@ def selected_attention(
         impl: see the module.
         loop_order: schedule of the kernels: `kv_outer` (FSA: blocks in the outer loop, the queries that selected one in
             the inner loop), `query_outer` (NSA: the reverse), or `auto`, which takes what is faster for the shape.
-        workspace_mib: what the Triton kernels keep of partial results at a time, MiB; less costs time. From a few
-            hundred thousand tokens on the backward pass needs more, about 1 KiB a token. Others ignore it.
+        workspace_mib: what the Triton kernels may take beyond inputs, outputs and what is saved, MiB; less costs time.
+            Partial results keep a quarter of it, however long the sequence: 1024 are enough for 1,048,576 tokens of 32
+            query and 8 key/value heads in half precision. Others ignore it.
         save_index: whether the Triton kernels keep their inverted index of the selection for the backward pass, about
             12 bytes an entry of `block_indices`, or build it again. Others ignore it.
 

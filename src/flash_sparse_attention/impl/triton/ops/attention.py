@@ -244,9 +244,10 @@ def _nsa_attention_backward(
         if "compressed" in branches and not sizes.keeps("compressed"):
             again["compressed"] = _attend_compressed(q, k_compressed, v_compressed, compressed_bounds, *packs, sizes)[0]
         if "selected" in branches and not sizes.keeps("selected"):
-            again["selected"], _, place, pairs, bucket_ends = attend_selected(
+            again["selected"], lse, place, pairs, bucket_ends = attend_selected(
                 q, k, v, block_indices, cu_seqlens, cu_seqlens_k, *sizes.selected, True, (place, pairs, bucket_ends)
             )
+            del lse
         if "window" in branches and not sizes.keeps("window"):
             again["window"] = _attend_window(q, k_window, v_window, *packs, sizes)[0]
         lses_again = [lses[branch] for branch in branches]
@@ -258,6 +259,7 @@ def _nsa_attention_backward(
                 d_out, q, k, v, block_indices, cu_seqlens, cu_seqlens_k, shift[at], delta[at], place, pairs,
                 bucket_ends, *sizes.selected,
             )  # fmt: skip
+            del place, pairs, bucket_ends
         if "window" in branches:
             at = branches.index("window")
             tensors = d_out, q, k_window, v_window, shift[at], delta[at], cu_seqlens, key_bounds(*packs, 1, 1)
@@ -350,6 +352,8 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, grads):
     # Once: activation checkpointing computes them again when they are taken, and refuses a second time.
     saved = ctx.saved_tensors
+    if grads[0] is None:
+        return (None,) * (10 + len(ctx.sizes))
     gradients = _nsa_attention_backward(grads[0], *saved[:10], list(saved[10:]), *ctx.sizes)
     d_window = gradients[6:] or (None, None)
     return (*gradients[:5], *d_window, gradients[5], None, None, *(None for _ in ctx.sizes))

@@ -107,9 +107,11 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, d_out, d_lse):
+    # Once: activation checkpointing refuses to give them a second time.
+    saved = ctx.saved_tensors
     if d_out is None:
-        d_out = torch.zeros_like(ctx.saved_tensors[5])
-    return (*_interval_attention_backward(d_out, d_lse, *ctx.saved_tensors, *ctx.sizes), *[None] * 6)
+        d_out = torch.zeros_like(saved[5])
+    return (*_interval_attention_backward(d_out, d_lse, *saved, *ctx.sizes), *[None] * 6)
 
 
 _interval_attention.register_fake(lambda q, k, v, *_: _empty_outputs(q, v))

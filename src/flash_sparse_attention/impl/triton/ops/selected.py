@@ -207,7 +207,8 @@ def chunks_of(
     workspace = workspace_mib << 20
     entries = shape.total_tokens * shape.num_kv_heads
     forward = 4 * entries * (shape.slots + 1)
-    backward = shift_bytes(entries * shape.group) + total_keys * (shape.dim_k + shape.dim_v)
+    sums = total_keys * (shape.dim_k + shape.dim_v) * (1 if shape.dtype.itemsize == 2 else 4)
+    backward = shift_bytes(entries * shape.group) + sums
     left = workspace - max(forward, backward)
     partial_bytes = int(max(LEAST_SHARE * workspace, min(PARTIAL_SHARE * workspace, SHARE_OF_REST * left)))
     num_sequences = cu_seqlens.numel() - 1
@@ -256,9 +257,11 @@ def _save(ctx, inputs, output):
 
 
 def _differentiate(ctx, d_out, d_lse, *_):
+    # Once: activation checkpointing refuses to give them a second time.
+    saved = ctx.saved_tensors
     if d_out is None:
-        d_out = torch.zeros_like(ctx.saved_tensors[6])
-    return (*_selected_attention_backward(d_out, d_lse, *ctx.saved_tensors, *ctx.sizes), *[None] * 8)
+        d_out = torch.zeros_like(saved[6])
+    return (*_selected_attention_backward(d_out, d_lse, *saved, *ctx.sizes), *[None] * 8)
 
 
 @_selected_attention.register_fake
