@@ -118,8 +118,10 @@ def test_merge_by_warps_of_two_kinds(
 
     def attend() -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            options = {"block_size": block_size, "cu_seqlens": layout, "workspace_mib": 4, "impl": "triton"}
-            return selected_attention(*x, indices, loop_order="kv_outer", **options)  # type: ignore[arg-type]
+            return selected_attention(
+                *x, indices, block_size=block_size, cu_seqlens=layout, impl="triton", loop_order="kv_outer",
+                workspace_mib=4,
+            )  # fmt: skip
 
     first, again = attend(), attend()
     monkeypatch.setattr(merge, "MOST_HOPPER_SLOTS", 0)
