@@ -24,7 +24,7 @@ from flash_sparse_attention.geometry import Interval
 CPU = torch.device("cpu")
 NSA = NSAConfig(kernel_size=8, kernel_stride=4, block_size=8, num_selected_blocks=4, window_size=12)
 SMALL = Shape(75, 4, 2, 16, 8, NSA, torch.float32)
-EFFORT = timing.Effort(warm_up_ms=0.0, target_ms=0.0, min_repeats=2, max_repeats=2)
+EFFORT = timing.Effort(warm_up_ms=0.0, target_ms=0.0, min_repeats=2, max_repeats=2, more=1)
 
 
 class FakeClock:
@@ -67,6 +67,27 @@ def test_long_runs_are_done_less_often_and_all_over_the_time():
     assert len(clock.order) == 3 + 16
     places = [place for place, name in enumerate(clock.order[3:]) if name == "long"]
     assert max(b - a for a, b in itertools.pairwise(places)) <= 6
+
+
+def test_runs_whose_times_differ_are_done_again_in_turn():
+    clock = FakeClock()
+    effort = timing.Effort(warm_up_ms=0.0, target_ms=0.0, min_repeats=4, more=3)
+    odd, long = itertools.cycle([10.0, 11.0]), itertools.cycle([700.0, 900.0])
+    runs = {"same": lambda: ("same", 5.0), "odd": lambda: ("odd", next(odd)), "long": lambda: ("long", next(long))}
+    times = timing.interleaved(runs, clock, effort)
+    # Three times as often, but for what would then take more than six seconds.
+    assert {name: one.repeats for name, one in times.items()} == {"same": 4, "odd": 12, "long": 7}
+    assert clock.order[3 + 3 * 4 :] == ["odd", "long"] * 3 + ["odd"] * 5
+    assert times["odd"].median == 10.5
+
+
+def test_a_warm_up_beyond_the_limit_counts():
+    clock = FakeClock()
+    effort = timing.Effort(warm_up_ms=0.0, limit_ms=6000.0)
+    ms = itertools.count(7000.0, 500.0)
+    [one] = timing.interleaved({"long": lambda: ("long", next(ms))}, clock, effort).values()
+    assert clock.order == ["long"] * 2
+    assert (one.repeats, one.median) == (2, 7250.0)
 
 
 def test_warm_up_is_by_the_wall_clock_and_hands_on_the_time_of_the_host(monkeypatch):
@@ -299,6 +320,28 @@ def test_the_suite_of_the_whole_attention(bench):
     whole = next(row for row in rows if row.operator == "whole attention")
     assert {"finite", "out", "grad q", "grad k", "grad v", "grad gates", "structure", "importance"} == set(whole.check)
     assert max(whole.check.values()) <= 1
+
+
+def test_full_attention_by_name():
+    bench = Bench(CPU, QuickClock(), EFFORT, full_attention=())
+    [(_, cases)] = attention.groups([SMALL], bench, False)
+    assert [len(case.variants) for case in cases] == [1, 0]
+    assert [case.operator for _, cases in memory.groups([SMALL], bench) for case in cases] == ["whole attention"]
+    with pytest.raises(ValueError, match="full_attention must be one of sdpa, got 'cudnn'"):
+        Options(full_attention=("sdpa", "cudnn"))
+
+
+def test_runs_that_are_left_out(quick, tmp_path):
+    path = tmp_path / "some.json"
+    common = ("--quick", "--suites", "attention", "--lengths", "130", *SIZES, "--output", path)
+    result = invoke(*common, "--full-attention", "none")
+    assert result.exit_code == 0, result.output
+    assert {row.operator for row in Report.load(path).rows} == {"whole attention"}
+    result = invoke(*common, "--overwrite", "--longest-run", 1e-9)
+    assert result.exit_code == 0, result.output
+    assert {row.skipped for row in Report.load(path).rows} == {"takes at least 0 s"}
+    result = invoke(*common, "--overwrite", "--longest-run", 0)
+    assert "--longest-run must be a positive number of seconds, got 0" in str(result.exception)
 
 
 def test_the_selection_of_the_whole_attention_is_checked(bench, monkeypatch):

@@ -29,7 +29,7 @@ class SteadyClock:
 
 @pytest.fixture
 def bench() -> Bench:
-    effort = Effort(warm_up_ms=0.0, target_ms=2.0, min_repeats=2, max_repeats=2)
+    effort = Effort(warm_up_ms=0.0, target_ms=2.0, min_repeats=2, max_repeats=2, more=1)
     return Bench(CPU, SteadyClock(), effort)
 
 
@@ -270,7 +270,7 @@ class TestModel:
             return aot_eager(graph, inputs)
 
         monkeypatch.setattr(model, "_inductor", lambda: counted)
-        monkeypatch.setattr(model, "variants_on", lambda device: ("sdpa", "blockwise"))
+        monkeypatch.setattr(model, "variants_on", lambda device, options: ("sdpa", "blockwise"))
         options = model.options(True, CPU, compile_layers=True, layers=5, operators=("training step",))
         assert all(row.ms is not None for row in model.rows(options, bench))
         assert len(compiled) == 2

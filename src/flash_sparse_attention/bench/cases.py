@@ -119,6 +119,7 @@ class Bench:
         announce: is told what comes next, a line.
         max_run_s: what takes longer at the least is left out.
         flop_per_s: of products of matrices on this device; 0 if that is not known.
+        full_attention: names of `baselines.full_attention` that take part; None for all.
     """
 
     device: torch.device
@@ -127,6 +128,7 @@ class Bench:
     announce: Callable[[str], None] = lambda line: None
     max_run_s: float = 10.0
     flop_per_s: float = 0.0
+    full_attention: tuple[str, ...] | None = None
 
     def measure(self, suite: str, cases: Iterable[Case]) -> list[Row]:
         """Rows of a group of cases, whose variants are timed in turn."""

@@ -50,6 +50,8 @@ class Options:
         selections: `random`, `recorded` (of a trained model) or `both`; for the suite `operators`.
         suite_options: keyword arguments for the options of a suite, by its name.
         commit: of the sources; None to ask git.
+        full_attention: names of `baselines.full_attention` that the sparse kind is held against; None for all.
+        longest_run_s: what takes longer at the least is left out; None for 10 on a GPU and 60 on a CPU.
     """
 
     suites: tuple[str, ...] = SUITES
@@ -62,12 +64,17 @@ class Options:
     selections: str = "both"
     suite_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     commit: str | None = None
+    full_attention: tuple[str, ...] | None = None
+    longest_run_s: float | None = None
 
     def __post_init__(self) -> None:
         for suite in self.suites:
             check_choice("suite", suite, SUITES)
         check_choice("preset", self.preset, shapes.PRESETS)
         check_choice("selections", self.selections, SELECTIONS)
+        for name in self.full_attention or ():
+            known = (one.name for one in baselines.full_attention(self.device))
+            check_choice("full_attention", name, tuple(known))
 
     def shapes(self, suite: str) -> list[Shape]:
         """The shapes of a suite that has any."""
@@ -109,7 +116,8 @@ def run(
     """
     device = options.device
     effort = Effort.quick() if options.quick else Effort()
-    bench = Bench(device, clock_of(device), effort, announce, max_run_s=_MAX_RUN_S[device.type])
+    longest = _MAX_RUN_S[device.type] if options.longest_run_s is None else options.longest_run_s
+    bench = Bench(device, clock_of(device), effort, announce, max_run_s=longest, full_attention=options.full_attention)
     found = environment(device, options.commit) | {"baselines": baselines.versions(device, Shape(1)), "clocks": {}}
     announce("roofline")
     dtypes = dict.fromkeys([torch.bfloat16 if device.type == "cuda" else torch.float32])
@@ -161,6 +169,8 @@ def _groups(suite: str, options: Options, bench: Bench) -> Iterator[tuple[str, l
 def _given(suite: str, options: Options) -> dict[str, Any]:
     """Options of a suite that were given, with the lengths."""
     given = dict(options.suite_options.get(suite, {}))
+    if suite == "model" and options.full_attention is not None:
+        given["full_attention"] = options.full_attention
     return given if options.lengths is None else {"lengths": options.lengths, **given}
 
 

@@ -36,6 +36,7 @@ METHOD = {
         "Before that the device rests for as long as the run before took (0.5 s at the most), since at its power limit "
         "it lowers its clocks.",
         "All variants of a case are run in turn, after a warm-up of each by time; compilation is timed apart.",
+        "Where the quartiles lie further apart than 2 % of the median, it is run four times as often, 6 s at the most.",
         "Each variant is checked on the same inputs first, and gets no time if it fails; docs/cli.md says by what.",
         "Clocks and power are read and never set.",
     ),
@@ -43,6 +44,7 @@ METHOD = {
         "Times are of the wall clock; the median of the runs and the quartiles are given.",
         "Before each run 256 MiB are written, so that no cache holds the inputs.",
         "All variants of a case are run in turn, after a warm-up of each.",
+        "Where the quartiles lie further apart than 2 % of the median, it is run four times as often, 6 s at the most.",
         "Each variant is checked on the same inputs first, and gets no time if it fails; docs/cli.md says by what.",
     ),
 }
@@ -56,7 +58,10 @@ class Effort:
         warm_up_ms: of the wall clock, for runs of each variant before any counts; one run at the least.
         target_ms: of runs of each variant that count.
         min_repeats, max_repeats: that many at the least and at the most.
-        limit_ms: what takes so long that even the fewest runs would exceed it is run less often, twice at the least.
+        limit_ms: what takes so long that even the fewest runs would exceed it is run less often, twice at the least. A
+            warm-up that takes longer counts as one of the runs.
+        spread, more: quartiles that lie further apart than this share of the median call for more runs, so many times
+            as many within `limit_ms`.
     """
 
     warm_up_ms: float = 100.0
@@ -64,11 +69,13 @@ class Effort:
     min_repeats: int = 5
     max_repeats: int = 30
     limit_ms: float = 6000.0
+    spread: float = 0.02
+    more: int = 4
 
     @classmethod
     def quick(cls) -> Effort:
         """Enough to see that all works, and roughly how fast."""
-        return cls(warm_up_ms=20.0, target_ms=50.0, min_repeats=3, max_repeats=5, limit_ms=3000.0)
+        return cls(warm_up_ms=20.0, target_ms=50.0, min_repeats=3, max_repeats=5, limit_ms=3000.0, more=1)
 
     def repeats(self, ms: float) -> int:
         """Number of runs that count of what takes so long.
@@ -79,6 +86,18 @@ class Effort:
         ms = max(ms, 1e-3)
         wanted = min(max(int(self.target_ms / ms), self.min_repeats), self.max_repeats)
         return max(min(wanted, int(self.limit_ms / ms)), 2)
+
+    def enough(self, found: Timing) -> int:
+        """Number of runs that it takes in all where so many were done.
+
+        >>> Effort().enough(Timing(10.0, 9.95, 10.1, 30)), Effort().enough(Timing(10.0, 9.8, 10.1, 30))
+        (30, 120)
+        >>> Effort().enough(Timing(400.0, 390.0, 410.0, 5))
+        15
+        """
+        if found.spread <= self.spread:
+            return found.repeats
+        return max(found.repeats, min(self.more * found.repeats, int(self.limit_ms / found.median)))
 
 
 @dataclass(frozen=True)
@@ -148,27 +167,38 @@ def clock_of(device: torch.device) -> Clock:
 def interleaved(runs: Mapping[str, Run], clock: Clock, effort: Effort) -> dict[str, Timing]:
     """The times of runs, taken in turn until each was run as often as `effort` wants.
 
-    Runs that take long are done less often than short ones, spread over the whole time.
+    Runs that take long are done less often than short ones, spread over the whole time. Those whose times differ much
+    are done again, in turn as well.
 
     Returns:
         The timing of each, by name.
     """
     wanted: dict[str, int] = {}
     host_ms: dict[str, float] = {}
+    times: dict[str, list[Taken]] = {name: [] for name in runs}
     for name, run in runs.items():
         begin = time.perf_counter()
         taken = clock.time(run, 0.0)
         while 1000 * (time.perf_counter() - begin) < effort.warm_up_ms:
             taken = clock.time(run, taken.host_ms)
         wanted[name], host_ms[name] = effort.repeats(taken.ms), taken.host_ms
-    times: dict[str, list[Taken]] = {name: [] for name in runs}
+        if taken.ms > effort.limit_ms:
+            times[name].append(taken)
     rounds = max(wanted.values(), default=0)
     for number in range(rounds):
         for name, run in runs.items():
             # Evenly spread: the i-th run of this one is due in round i * rounds / wanted.
             if len(times[name]) * rounds <= number * wanted[name] and len(times[name]) < wanted[name]:
                 times[name].append(clock.time(run, host_ms[name]))
-    return {name: timing([one.ms for one in taken], [one.host_ms for one in taken]) for name, taken in times.items()}
+    enough = {name: effort.enough(_timing(taken)) for name, taken in times.items()}
+    while unsettled := [name for name in runs if len(times[name]) < enough[name]]:
+        for name in unsettled:
+            times[name].append(clock.time(runs[name], host_ms[name]))
+    return {name: _timing(taken) for name, taken in times.items()}
+
+
+def _timing(taken: list[Taken]) -> Timing:
+    return timing([one.ms for one in taken], [one.host_ms for one in taken])
 
 
 def timing(ms: list[float], host_ms: list[float]) -> Timing:

@@ -62,6 +62,14 @@ def run(
     compile_baselines: Annotated[
         bool, typer.Option("--compile-baselines", help="Compiled baselines on all shapes, not on the first only.")
     ] = False,
+    full_attention: Annotated[
+        str | None,
+        typer.Option(help="Full attention to compare with, such as cudnn,flash; or none.", show_default="all there is"),
+    ] = None,
+    longest_run: Annotated[
+        float | None,
+        typer.Option(help="Seconds; what takes longer at the least is left out.", show_default="10, on a CPU 60"),
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="decode: sequences.", show_default="16")] = None,
     new_tokens: Annotated[int | None, typer.Option(help="decode: new tokens of each.", show_default="1")] = None,
     page_size: Annotated[int | None, typer.Option(help="decode: tokens of a page.", show_default="one page")] = None,
@@ -93,6 +101,8 @@ def run(
     if dtype is not None:
         check_choice("--dtype", dtype, _DTYPES)
         changes["dtype"] = _DTYPES[dtype]
+    if longest_run is not None and not longest_run > 0:
+        raise bad("--longest-run", "a positive number of seconds", longest_run)
     options = Options(
         suites=chosen,
         device=where,
@@ -104,6 +114,8 @@ def run(
         selections=selections,
         suite_options=_suite_options(changes, batch, new_tokens, page_size, models, layers),
         commit=commit,
+        full_attention=() if full_attention == "none" else _names(full_attention),
+        longest_run_s=longest_run,
     )
     check_options(options)
     if output.is_dir():
@@ -113,6 +125,11 @@ def run(
     measured = _measure(options, output)
     if any(row.skipped.startswith("failed") for row in measured.rows):
         raise typer.Exit(1)
+
+
+def _names(text: str | None) -> tuple[str, ...] | None:
+    """Names with commas between."""
+    return None if text is None else tuple(dict.fromkeys(text.replace(" ", "").split(",")))
 
 
 def _suite_options(
@@ -136,7 +153,7 @@ def _suite_options(
         decode["dtype"] = changes["dtype"]
     model: dict[str, Any] = {
         "dtype": changes.get("dtype"),
-        "models": None if models is None else tuple(models.replace(" ", "").split(",")),
+        "models": _names(models),
         "layers": int(layers) if layers is not None and layers != "fit" else layers,
     }
     given = {"decode": decode, "model": model}

@@ -19,11 +19,9 @@ from .. import baselines, costs, inputs
 from ..cases import Bench, Case, Variant
 from ..checks import keep_worst, layout_of, pieces, share
 from ..shapes import Shape
-from .operators import ATTENTION_DIRECTIONS, full_case
+from .operators import ATTENTION_DIRECTIONS, GRADIENTS_UP_TO, full_case
 
 Tensors = Mapping[str, Tensor]
-# The reference takes every window of the keys by itself, with gradients 20 GiB at this length.
-GRADIENTS_UP_TO = 131072
 
 
 def cases(shape: Shape, bench: Bench, compile_baselines: bool) -> list[Case]:

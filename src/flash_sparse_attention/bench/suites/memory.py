@@ -30,8 +30,8 @@ def groups(shapes: list[Shape], bench: Bench) -> Iterator[tuple[str, list[Case]]
         x = inputs.draw(shape, bench.device)
         both = costs.whole(shape, "forward") + costs.whole(shape, "backward")
         cases = [dataclasses.replace(whole_case(shape, x, ("both",), EVERYTHING), costs={"both": both})]
-        if shape.tokens <= FULL_UP_TO:
-            full = full_case(shape, x, bench, False)
+        full = full_case(shape, x, bench, False)
+        if shape.tokens <= FULL_UP_TO and full.variants:
             dense = costs.full(shape, "forward") + costs.full(shape, "backward")
             cases.append(dataclasses.replace(full, variants=full.variants[:1], costs={"both": dense}, with_memory=True))
         yield str(shape), cases

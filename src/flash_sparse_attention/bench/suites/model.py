@@ -106,6 +106,7 @@ class ModelOptions:
         repeats: runs of each variant that count.
         compile_layers: whether layers are compiled.
         operators: of `OPERATORS`.
+        full_attention: of `cudnn` and `flash`, on a CPU of `sdpa`, those that take part; None for all.
         nsa: of the sparse layers; keys and values are shared by the branches.
         dtype: of the weights.
     """
@@ -116,6 +117,7 @@ class ModelOptions:
     repeats: int = 3
     compile_layers: bool = True
     operators: tuple[str, ...] = OPERATORS
+    full_attention: tuple[str, ...] | None = None
     nsa: NSAConfig = field(default_factory=lambda: NSAConfig.preset("fsa"))
     dtype: torch.dtype = torch.bfloat16
 
@@ -160,7 +162,7 @@ def groups(options: ModelOptions, bench: Bench) -> Iterator[tuple[str, list[Row]
     if not reason and bench.device.type == "cpu" and "tiny" not in options.models:
         reason = "the widths of real models are for GPUs; --quick runs tiny ones on a CPU"
     if reason:
-        row = Row(SUITE, options.operators[0], "step", variants_on(bench.device)[0], True, {}, skipped=reason)
+        row = Row(SUITE, options.operators[0], "step", variants_on(bench.device, options)[0], True, {}, skipped=reason)
         yield SUITE, [row]
         return
     for name in options.models:
@@ -171,9 +173,12 @@ def groups(options: ModelOptions, bench: Bench) -> Iterator[tuple[str, list[Row]
             yield f"{title}, {found[0].shape['layers']} layers", found
 
 
-def variants_on(device: torch.device) -> tuple[str, ...]:
+def variants_on(device: torch.device, options: ModelOptions) -> tuple[str, ...]:
     """Sparse attention, ours first, then full attention."""
-    return ("kv_outer", "query_outer", "cudnn", "flash") if device.type == "cuda" else ("blockwise", "sdpa")
+    cuda = device.type == "cuda"
+    sparse, full = (("kv_outer", "query_outer"), tuple(_BACKENDS)) if cuda else (("blockwise",), ("sdpa",))
+    wanted = full if options.full_attention is None else options.full_attention
+    return *sparse, *(name for name in full if name in wanted)
 
 
 _BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
@@ -198,9 +203,9 @@ def measured(name: str, length: int, options: ModelOptions, bench: Bench) -> lis
     shape = _shape(name, layers, length, options)
     reason = "out of memory" if layers > 1 or not fit else "out of memory with one layer"
     return [
-        Row(SUITE, operator, "step", variant, variant == variants_on(bench.device)[0], shape, skipped=reason)
+        Row(SUITE, operator, "step", variant, variant == variants_on(bench.device, options)[0], shape, skipped=reason)
         for operator in options.operators
-        for variant in variants_on(bench.device)
+        for variant in variants_on(bench.device, options)
     ]
 
 
@@ -309,7 +314,7 @@ class _Measurement:
         return [self._row(operator, variant, times.get(variant), peaks, found[variant]) for variant in runs]
 
     def _row(self, operator: str, variant: str, ms: Any, peaks: Mapping[str, int], found: dict[str, Any]) -> Row:
-        ours = variant == variants_on(self._device)[0]
+        ours = variant == variants_on(self._device, self._options)[0]
         compiled = "layers compiled" if self._options.compile_layers else "layers not compiled"
         how = "gradient checkpointing" if operator == TRAINING else "into an empty cache"
         notes = found.pop("notes", "") + f"{compiled}, {how}"
@@ -404,7 +409,7 @@ def decoders(name: str, layers: int, length: int, options: ModelOptions, device:
                 torch.manual_seed(zlib.crc32(parameter_name.encode()))
                 torch.nn.init.normal_(parameter, std=0.02)
     made = {}
-    for variant in variants_on(device):
+    for variant in variants_on(device, options):
         if variant in _BACKENDS or variant == "sdpa":
             made[variant] = _with_same_weights(full)
         elif variant == "query_outer":

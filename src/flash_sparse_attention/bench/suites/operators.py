@@ -25,6 +25,8 @@ from ..shapes import Shape
 Tensors = Mapping[str, Tensor]
 ATTENTION_DIRECTIONS = ("forward", "backward")
 WORKSPACE_MIB = 1024  # what `selected_attention` takes by itself
+# The reference takes every window of the keys by itself, with gradients 20 GiB at this length.
+GRADIENTS_UP_TO = 131072
 
 
 def cases(shape: Shape, bench: Bench, compile_baselines: bool, recorded: Tensor | None = None) -> list[Case]:
@@ -58,10 +60,15 @@ def cases(shape: Shape, bench: Bench, compile_baselines: bool, recorded: Tensor 
 
 def full_case(shape: Shape, x: inputs.Inputs, bench: Bench, compile_baselines: bool) -> Case:
     """Full attention, by all that there is for it."""
-    found = [_baseline(one, shape, compile_baselines) for one in baselines.full_attention(bench.device)]
+    found = [
+        _baseline(one, shape, compile_baselines)
+        for one in baselines.full_attention(bench.device)
+        if bench.full_attention is None or one.name in bench.full_attention
+    ]
     return Case(
         FULL, shape.dense(), shape.heads, _leaves(x.q, x.k, x.v), found,
         {way: costs.full(shape, way) for way in ATTENTION_DIRECTIONS}, _interval_expected(Interval()),
+        check_gradients=shape.tokens <= GRADIENTS_UP_TO,
     )  # fmt: skip
 
 
