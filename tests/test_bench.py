@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import weakref
 
 import pytest
 import torch
@@ -301,6 +302,30 @@ def test_reasons_are_kept(bench):
     assert rows["ours crashes", "forward"].skipped == "failed: RuntimeError: no kernel"
     assert rows["far", "forward"].skipped.startswith("refused: wrong out")
     assert [name for (name, way), row in rows.items() if row.ms is not None and way == "forward"] == ["good", "near"]
+
+
+def test_what_does_not_fit_beside_others_is_timed_alone(bench):
+    class Held:
+        pass
+
+    alive = weakref.WeakSet()
+
+    def differentiate(d_out):
+        if len(alive) > 1:
+            raise torch.OutOfMemoryError("held by others")
+
+    def run(given):
+        out = given["x"] * 2
+        out.held = Held()
+        alive.add(out.held)
+        if out.requires_grad:
+            out.register_hook(differentiate)
+        return out
+
+    rows = measured(bench, Variant("one", run), Variant("other", run))
+    assert {key: row.skipped for key, row in rows.items()} == dict.fromkeys(
+        itertools.product(("one", "other"), ("forward", "backward")), ""
+    )
 
 
 def test_what_takes_too_long_is_left_out():

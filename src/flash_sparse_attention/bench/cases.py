@@ -8,6 +8,7 @@ times        of all variants of a group of cases, in turn: forward passes, then 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -154,10 +155,11 @@ class Bench:
                 continue
             self.announce(f"times, {direction}")
             times: list[Timing | str] = []
-            try:
+            with contextlib.suppress(Exception):
                 times += self._times(chosen, direction)
-            except Exception:
-                # Together they may want more memory than there is: one after the other, and what fails says so.
+            if not times:
+                # Together they may want more memory than there is: one after the other, and what fails says so. Here,
+                # where no exception holds what the others kept.
                 self._clear()
                 times += [self._time_alone(entry, direction) for entry in chosen]
             for (case, variant, found), time in zip(chosen, times, strict=True):

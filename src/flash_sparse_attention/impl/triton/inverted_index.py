@@ -41,7 +41,8 @@ from .primitives import block_bounds, bounds_of_keys, keys_ahead, pack_blocks, p
 # Counters of a selection: more runs make the writing of the pairs shorter, which one program does for each run.
 MAX_RUNS, MIN_RUNS, COUNTERS = 1024, 64, 1 << 23
 COUNT_ENTRIES = 512
-SCATTER_ENTRIES = 64
+# What a warp places at once, an entry a lane.
+SCATTER_ENTRIES = 32
 # Runs and buckets of a tile whose counts are summed up.
 SCAN_RUNS, SCAN_BUCKETS = 256, 8
 SEGMENT_BUCKETS = 128
@@ -51,6 +52,8 @@ SEGMENT_FIELDS = 5
 SEGMENT_CLASSES, MAX_FLAT = 4, 1 << 18
 # Near blocks: those that NSA always selects. The kernels of `selected_near` and `near_hopper` are for these numbers.
 NEAR_INIT, NEAR_LOCAL = tl.constexpr(1), tl.constexpr(2)
+# There is no PTX in Triton's interpreter.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @dataclass(frozen=True)
@@ -275,15 +278,15 @@ def build_index(
         chunks.num_blocks, chunks.tokens_per_run,
     )  # fmt: skip
     buckets = num_kv_heads * chunks.num_blocks
-    totals = torch.sum(counts.view(chunks.token_chunks, chunks.runs, buckets), 1, dtype=torch.int32)
-    bucket_ends = torch.cumsum(totals.view(-1), 0, dtype=torch.int32)
+    totals = torch.empty(chunks.bucket_ends, **new)
     _start_runs_kernel[(triton.cdiv(buckets, SCAN_BUCKETS), chunks.token_chunks)](
-        counts, totals, bucket_ends, chunks.runs, buckets, SCAN_RUNS, SCAN_BUCKETS
+        counts, totals, chunks.runs, buckets, SCAN_RUNS, SCAN_BUCKETS
     )
+    bucket_ends = torch.cumsum(totals, 0, dtype=torch.int32)
     pairs = torch.empty(block_indices.numel(), **new)
     _scatter_pairs_kernel[(triton.cdiv(total_tokens, chunks.tokens_per_run), num_kv_heads)](
         block_indices, cu_seqlens, cu_seqlens_k, place, counts, bucket_ends, bucket_ends.numel(), pairs,
-        total_tokens, cu_seqlens.numel() - 1, chunks.num_blocks, chunks.tokens_per_run,
+        total_tokens, cu_seqlens.numel() - 1, chunks.num_blocks, chunks.runs, chunks.tokens_per_run,
         num_kv_heads, slots, padded(slots, 1), block_size, tokens_per_step(slots), num_warps=1,
     )  # fmt: skip
     return InvertedIndex(chunks, place, pairs, bucket_ends)
@@ -309,19 +312,16 @@ def _count_pairs(
 
 
 @triton.jit
-def _counters(
-    block, token, head, cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, num_blocks, tokens_per_run,
-    HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+def _buckets(
+    block, token, head, cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, num_blocks, BLOCK_SIZE: tl.constexpr
 ):  # fmt: skip
-    """Counter of each entry, (run of all tokens, bucket), and whether its block exists and is not in the future."""
+    """Bucket of each entry, and whether its block exists and is not in the future."""
     sequence = sequence_of(token, cu_seqlens_ptr, num_sequences, 0)
     start = tl.load(bounds_of_keys(cu_seqlens_ptr, cu_seqlens_k_ptr) + sequence)
     ahead = keys_ahead(sequence, cu_seqlens_ptr, cu_seqlens_k_ptr)
     # geometry.num_eligible_blocks
     eligible = (block >= 0) & (block <= (token + ahead - start) // BLOCK_SIZE)
-    run = token // tokens_per_run
-    bucket = head * num_blocks + start // BLOCK_SIZE + sequence + block
-    return run.to(tl.int64) * (HEADS * num_blocks) + bucket, eligible
+    return head * num_blocks + start // BLOCK_SIZE + sequence + block, eligible
 
 
 @triton.jit(do_not_specialize=["total_tokens", "num_sequences", "num_blocks", "tokens_per_run"])
@@ -356,33 +356,30 @@ def _count_pairs_kernel(
     row = (token.to(tl.int64) * HEADS + head) * SLOTS
     block = tl.load(block_indices_ptr + row[:, None] + slot, mask=mask, other=-1)  # [TOKENS, SLOTS]
     token = tl.minimum(token, total_tokens - 1)[:, None]
-    at, valid = _counters(
-        block, token, head,
-        cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, num_blocks, tokens_per_run, HEADS, BLOCK_SIZE,
-    )  # fmt: skip
+    bucket, valid = _buckets(
+        block, token, head, cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, num_blocks, BLOCK_SIZE
+    )
     for i in range(SLOTS - 1):
         other = tl.load(block_indices_ptr + row + i, mask=mask_tokens, other=-1)[:, None]
         valid = valid & ((block != other) | (slot <= i))
     tl.store(place_ptr + row[:, None] + slot, tl.where(valid, 0, -1), mask=mask)
     if COUNT:
+        at = (token // tokens_per_run).to(tl.int64) * (HEADS * num_blocks) + bucket
         tl.atomic_add(count_ptr + at, 1, mask=valid & mask, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["runs", "buckets"])
-def _start_runs_kernel(
-    counter_ptr, total_ptr, bucket_end_ptr, runs, buckets, RUNS: tl.constexpr, BUCKETS: tl.constexpr
-):  # fmt: skip
-    """Turns the counts of the runs of each bucket into the places where they begin.
+def _start_runs_kernel(counter_ptr, total_ptr, runs, buckets, RUNS: tl.constexpr, BUCKETS: tl.constexpr):
+    """Turns the counts of the runs of each bucket into the places in it where they begin, and sums them up.
 
     Grid: (tile of buckets, chunk of tokens).
-    Owns: the counters of its buckets in the chunk.
+    Owns: the counters of its buckets in the chunk, and their totals.
     Invariant: after n steps, `start` is where the run behind the first n tiles of runs begins.
     """
     bucket = tl.program_id(0) * BUCKETS + tl.arange(0, BUCKETS)
     chunk = tl.program_id(1).to(tl.int64)
     mask = bucket < buckets
-    in_chunk = chunk * buckets + bucket
-    start = tl.load(bucket_end_ptr + in_chunk, mask=mask, other=0) - tl.load(total_ptr + in_chunk, mask=mask, other=0)
+    start = bucket * 0
     for first in range(0, runs, RUNS):
         run = first + tl.arange(0, RUNS)
         counters = counter_ptr + (chunk * runs + run)[:, None] * buckets + bucket[None, :]
@@ -390,6 +387,7 @@ def _start_runs_kernel(
         count = tl.load(counters, mask=there, other=0)  # [RUNS, BUCKETS]
         tl.store(counters, start[None, :] + tl.cumsum(count, 0) - count, mask=there)
         start += tl.sum(count, 0)
+    tl.store(total_ptr + chunk * buckets + bucket, start, mask=mask)
 
 
 @triton.jit
@@ -406,7 +404,30 @@ def _entries(
     return block, tl.load(place_ptr + offs, mask=mask, other=-1)
 
 
-@triton.jit(do_not_specialize=["num_ends", "total_tokens", "num_sequences", "num_blocks", "tokens_per_run"])
+@triton.jit
+def _ranks(name, ENTRIES: tl.constexpr):
+    """Of int32 names of entries, one a lane of a warp: how many of the same stand before each, and how many behind."""
+    if INTERPRETED:
+        entry = tl.arange(0, ENTRIES)
+        same = (name[:, None] == name[None, :]).to(tl.int32)
+        before = tl.sum(tl.where(entry[None, :] < entry[:, None], same, 0), 1)
+        return before, tl.sum(same, 1) - 1 - before
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 same, part, lanes;
+        match.any.sync.b32 same, $2, 0xffffffff;
+        mov.u32 lanes, %lanemask_lt;
+        and.b32 part, same, lanes;
+        popc.b32 $0, part;
+        mov.u32 lanes, %lanemask_gt;
+        and.b32 part, same, lanes;
+        popc.b32 $1, part;
+        }""",
+        "=r,=r,r", [name], dtype=(tl.int32, tl.int32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_ends", "total_tokens", "num_sequences", "num_blocks", "runs", "tokens_per_run"])
 def _scatter_pairs_kernel(
     block_indices_ptr,
     cu_seqlens_ptr,
@@ -419,6 +440,7 @@ def _scatter_pairs_kernel(
     total_tokens,
     num_sequences,
     num_blocks,
+    runs,
     tokens_per_run,
     HEADS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -433,11 +455,13 @@ def _scatter_pairs_kernel(
         it is behind all pairs: zeros, so that an index that is saved has nothing undefined in it.
     Invariant: after a step, each counter of the run stands behind the pairs written so far.
     """
-    head = tl.program_id(1)
+    run, head = tl.program_id(0), tl.program_id(1)
     ENTRIES: tl.constexpr = TOKENS * SLOTS_PADDED
     entry = tl.arange(0, ENTRIES)
     slot = entry % SLOTS_PADDED
-    begin = tl.program_id(0) * tokens_per_run
+    counter_ptr += run.to(tl.int64) * (HEADS * num_blocks)
+    first_row = (run // runs).to(tl.int64) * (HEADS * num_blocks)
+    begin = run * tokens_per_run
     end = tl.minimum(begin + tokens_per_run, total_tokens)
     block_next, place_next = _entries(
         block_indices_ptr, place_ptr, begin, end, head, HEADS, SLOTS, SLOTS_PADDED, TOKENS
@@ -449,29 +473,29 @@ def _scatter_pairs_kernel(
             block_indices_ptr, place_ptr, first + TOKENS, end, head, HEADS, SLOTS, SLOTS_PADDED, TOKENS
         )
         token = first + entry // SLOTS_PADDED
-        counter, _ = _counters(
+        bucket, _ = _buckets(
             block, tl.minimum(token, total_tokens - 1), head,
-            cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, num_blocks, tokens_per_run, HEADS, BLOCK_SIZE,
+            cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, num_blocks, BLOCK_SIZE,
         )  # fmt: skip
-        at = tl.load(counter_ptr + counter, mask=valid, other=0)
+        in_bucket = tl.load(counter_ptr + bucket, mask=valid, other=0)
         last = valid
         if TOKENS > 1:
-            # Entries of this step that share a counter: those before (low half) and behind (high half) each of them.
-            named = tl.where(valid, counter.to(tl.int32), -1 - entry)
-            same = named[:, None] == named[None, :]
-            others = tl.where(entry[None, :] < entry[:, None], 1, tl.where(entry[None, :] > entry[:, None], 1 << 16, 0))
-            others = tl.sum(tl.where(same, others, 0), 1)
-            at += others % (1 << 16)
-            last = valid & (others < (1 << 16))
+            # Entries of this step that share a counter.
+            before, behind = _ranks(tl.where(valid, bucket, -1 - entry), ENTRIES)
+            in_bucket += before
+            last = valid & (behind == 0)
+        # Pairs begin where those of the bucket before end.
+        row = first_row + bucket
+        at = tl.load(bucket_end_ptr + row - 1, mask=valid & (row > 0), other=0) + in_bucket
         tl.store(pairs_ptr + at, token, mask=valid)
         tl.store(place_ptr + (token.to(tl.int64) * HEADS + head) * SLOTS + slot, at, mask=valid)
         # The reads of this step come before its writes, and these before the reads of the next one.
         tl.debug_barrier()
-        tl.store(counter_ptr + counter, at + 1, mask=last)
+        tl.store(counter_ptr + bucket, in_bucket + 1, mask=last)
         tl.debug_barrier()
     entries = total_tokens.to(tl.int64) * (HEADS * SLOTS)
     share = tl.cdiv(entries, tl.num_programs(0) * HEADS)
-    share_begin = share * (tl.program_id(0) * HEADS + head)
+    share_begin = share * (run * HEADS + head)
     share_end = tl.minimum(share_begin + share, entries)
     share_begin = tl.maximum(share_begin, tl.load(bucket_end_ptr + num_ends - 1))
     for behind in range(share_begin, share_end, ENTRIES):
