@@ -50,6 +50,8 @@ SEGMENT_FIELDS = 5
 # Programs that start last should be short ones. Where a range of heads has more than so many (chunk, bucket), all are
 # short; otherwise segments are made for so many at once, so that they take little memory.
 SEGMENT_CLASSES, MAX_FLAT = 4, 1 << 18
+# Up to so many counts of segments are summed up by the one program that makes them all.
+MAX_SUMS_AT_ONCE = 1 << 13
 # Near blocks: those that NSA always selects. The kernels of `selected_near` and `near_hopper` are for these numbers.
 NEAR_INIT, NEAR_LOCAL = tl.constexpr(1), tl.constexpr(2)
 # There is no PTX in Triton's interpreter.
@@ -210,16 +212,23 @@ class InvertedIndex:
                 first * of_heads, flat, chunks.buckets, chunks.head_chunks, chunks.token_chunks, segment_pairs, classes,
                 sequences, chunks.num_blocks, block_size,
             )  # fmt: skip
-            grid = (triton.cdiv(flat, SEGMENT_BUCKETS),)
-            counts = torch.empty((classes + 1) * flat, **new)
-            _count_segments_kernel[grid](*given, counts, *sizes, SEGMENT_BUCKETS)
-            # One sum over both: of the tiles only differences count.
-            ends = torch.cumsum(counts, 0, dtype=torch.int32)
-            del counts
             # In any chunk a bucket has a segment that is not full at most once.
             most_pairs = chunks.total_tokens * head_chunks * chunks.heads * chunks.slots
             table = torch.empty((most_pairs // segment_pairs + min(flat, most_pairs), SEGMENT_FIELDS), **new)
-            _fill_segments_kernel[grid](*given, ends, table, *sizes, SEGMENT_FIELDS, SEGMENT_BUCKETS)
+            # One sum over segments and tiles: of the tiles only differences count.
+            counts = torch.empty((classes + 1) * flat, **new)
+            if counts.numel() <= MAX_SUMS_AT_ONCE:
+                # The same tiles for all lengths, which are not to be compiled for.
+                tile = MAX_SUMS_AT_ONCE // SEGMENT_CLASSES
+                one = {"FIELDS": SEGMENT_FIELDS, "TILE": tile, "SUMS": MAX_SUMS_AT_ONCE, "num_warps": 16}
+                _make_segments_kernel[(1,)](*given, counts, table, *sizes, **one)
+                ends = counts
+            else:
+                grid = (triton.cdiv(flat, SEGMENT_BUCKETS),)
+                _count_segments_kernel[grid](*given, counts, *sizes, SEGMENT_BUCKETS)
+                ends = torch.cumsum(counts, 0, dtype=torch.int32)
+                _fill_segments_kernel[grid](*given, ends, table, *sizes, SEGMENT_FIELDS, SEGMENT_BUCKETS)
+            del counts
             yield Segments(
                 table, ends, classes, flat, self._most_of_chunk(segment_pairs), first * chunks.token_chunks,
                 [*chunks][first * chunks.token_chunks : (first + head_chunks) * chunks.token_chunks],
@@ -577,12 +586,52 @@ def _cut_pairs(pairs, segment_pairs, classes):
     return full, rest, rest_class
 
 
-@triton.jit(
-    do_not_specialize=[
-        "first_flat", "num_flat", "buckets", "head_chunks", "token_chunks", "segment_pairs", "classes", "num_sequences",
-        "num_blocks",
-    ]
-)  # fmt: skip
+@triton.jit
+def _store_counts(
+    count_ptr, flat, mask, pairs, segment_pairs, buckets, classes, num_flat
+):  # fmt: skip
+    """Stores what `Segments.ends` is the running sum of; n steps are for the first n classes."""
+    full, rest, rest_class = _cut_pairs(pairs, segment_pairs, classes)
+    at = flat // buckets * (classes * buckets) + flat % buckets
+    for i in range(classes):
+        of_class = tl.where(rest_class == i, tl.minimum(rest, 1), 0) + tl.where(i == 0, full, 0)
+        tl.store(count_ptr + at + i * buckets, of_class, mask=mask)
+    count = full + tl.minimum(rest, 1)
+    tl.store(count_ptr + classes * num_flat + flat, tl.where(count > 1, count, 0), mask=mask)
+
+
+@triton.jit
+def _store_segments(
+    table_ptr, segment_end_ptr, flat, mask, bucket, begin, end, first_of_chunk, segment_pairs, buckets, classes,
+    num_flat, FIELDS: tl.constexpr,
+):  # fmt: skip
+    """Stores the segments of each (chunk, bucket of the chunk); after n steps the first n of each."""
+    full, rest, rest_class = _cut_pairs(end - begin, segment_pairs, classes)
+    count = full + tl.minimum(rest, 1)
+    at = flat // buckets * (classes * buckets) + flat % buckets
+    first = tl.load(segment_end_ptr + at, mask=mask, other=0) - tl.where(rest_class == 0, count, full)
+    last = tl.load(segment_end_ptr + at + rest_class * buckets, mask=mask, other=0) - 1
+    tile_end_ptr = segment_end_ptr + classes * num_flat
+    first_tile = tl.load(tile_end_ptr + flat, mask=mask, other=0) - count
+    first_tile -= tl.load(tile_end_ptr + flat // buckets * buckets - 1, mask=mask, other=0)
+    for i in range(0, tl.max(count, 0)):
+        row = table_ptr + tl.where(i < full, first + i, last).to(tl.int64) * FIELDS
+        here = mask & (i < count)
+        pair = begin + i * segment_pairs
+        tl.store(row, pair, mask=here)
+        tl.store(row + 1, first_of_chunk, mask=here)
+        tl.store(row + 2, tl.minimum(end - pair, segment_pairs), mask=here)
+        tl.store(row + 3, bucket, mask=here)
+        tl.store(row + 4, tl.where(count > 1, first_tile + i, -1), mask=here)
+
+
+_SEGMENT_SIZES = [
+    "first_flat", "num_flat", "buckets", "head_chunks", "token_chunks", "segment_pairs", "classes", "num_sequences",
+    "num_blocks",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_SEGMENT_SIZES)
 def _count_segments_kernel(
     bucket_end_ptr,
     pairs_ptr,
@@ -605,7 +654,7 @@ def _count_segments_kernel(
 
     Grid: (tile of them,).
     Owns: their counts, of the segments of each class and of those of buckets that are cut; see `Segments`.
-    Invariant: after n steps, the counts of the first n classes are written.
+    Invariant: no loop but that of the classes.
     """
     flat = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = flat < num_flat
@@ -613,21 +662,10 @@ def _count_segments_kernel(
         first_flat + flat, bucket_end_ptr, pairs_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, buckets, head_chunks,
         token_chunks, num_sequences, num_blocks, mask, BLOCK_SIZE,
     )  # fmt: skip
-    full, rest, rest_class = _cut_pairs(end - begin, segment_pairs, classes)
-    at = flat // buckets * (classes * buckets) + flat % buckets
-    for i in range(classes):
-        of_class = tl.where(rest_class == i, tl.minimum(rest, 1), 0) + tl.where(i == 0, full, 0)
-        tl.store(count_ptr + at + i * buckets, of_class, mask=mask)
-    count = full + tl.minimum(rest, 1)
-    tl.store(count_ptr + classes * num_flat + flat, tl.where(count > 1, count, 0), mask=mask)
+    _store_counts(count_ptr, flat, mask, end - begin, segment_pairs, buckets, classes, num_flat)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "first_flat", "num_flat", "buckets", "head_chunks", "token_chunks", "segment_pairs", "classes", "num_sequences",
-        "num_blocks",
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=_SEGMENT_SIZES)
 def _fill_segments_kernel(
     bucket_end_ptr,
     pairs_ptr,
@@ -652,7 +690,7 @@ def _fill_segments_kernel(
 
     Grid: (tile of them,).
     Owns: their rows of the table.
-    Invariant: after n steps, the first n segments of each are written.
+    Invariant: no loop but that of the segments of a bucket.
     """
     flat = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = flat < num_flat
@@ -660,20 +698,55 @@ def _fill_segments_kernel(
         first_flat + flat, bucket_end_ptr, pairs_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, buckets, head_chunks,
         token_chunks, num_sequences, num_blocks, mask, BLOCK_SIZE,
     )  # fmt: skip
-    full, rest, rest_class = _cut_pairs(end - begin, segment_pairs, classes)
-    count = full + tl.minimum(rest, 1)
-    at = flat // buckets * (classes * buckets) + flat % buckets
-    first = tl.load(segment_end_ptr + at, mask=mask, other=0) - tl.where(rest_class == 0, count, full)
-    last = tl.load(segment_end_ptr + at + rest_class * buckets, mask=mask, other=0) - 1
-    tile_end_ptr = segment_end_ptr + classes * num_flat
-    first_tile = tl.load(tile_end_ptr + flat, mask=mask, other=0) - count
-    first_tile -= tl.load(tile_end_ptr + flat // buckets * buckets - 1, mask=mask, other=0)
-    for i in range(0, tl.max(count, 0)):
-        row = table_ptr + tl.where(i < full, first + i, last).to(tl.int64) * FIELDS
-        here = mask & (i < count)
-        pair = begin + i * segment_pairs
-        tl.store(row, pair, mask=here)
-        tl.store(row + 1, first_of_chunk, mask=here)
-        tl.store(row + 2, tl.minimum(end - pair, segment_pairs), mask=here)
-        tl.store(row + 3, bucket, mask=here)
-        tl.store(row + 4, tl.where(count > 1, first_tile + i, -1), mask=here)
+    _store_segments(
+        table_ptr, segment_end_ptr, flat, mask, bucket, begin, end, first_of_chunk, segment_pairs, buckets, classes,
+        num_flat, FIELDS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_SEGMENT_SIZES)
+def _make_segments_kernel(
+    bucket_end_ptr,
+    pairs_ptr,
+    cu_seqlens_ptr,
+    cu_seqlens_k_ptr,
+    segment_end_ptr,
+    table_ptr,
+    first_flat,
+    num_flat,
+    buckets,
+    head_chunks,
+    token_chunks,
+    segment_pairs,
+    classes,
+    num_sequences,
+    num_blocks,
+    BLOCK_SIZE: tl.constexpr,
+    FIELDS: tl.constexpr,
+    TILE: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    """Counts the segments, sums them up and writes them, where one program can hold it all.
+
+    Grid: one program.
+    Owns: the ends and the table of `Segments`.
+    Invariant: no loop but those of the classes and of the segments of a bucket.
+    """
+    flat = tl.arange(0, TILE)
+    mask = flat < num_flat
+    bucket, begin, end, first_of_chunk = _pairs_to_cut(
+        first_flat + flat, bucket_end_ptr, pairs_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, buckets, head_chunks,
+        token_chunks, num_sequences, num_blocks, mask, BLOCK_SIZE,
+    )  # fmt: skip
+    _store_counts(segment_end_ptr, flat, mask, end - begin, segment_pairs, buckets, classes, num_flat)
+    tl.debug_barrier()
+    counted = tl.arange(0, SUMS)
+    there = counted < (classes + 1) * num_flat
+    ends = tl.cumsum(tl.load(segment_end_ptr + counted, mask=there, other=0), 0)
+    tl.debug_barrier()
+    tl.store(segment_end_ptr + counted, ends, mask=there)
+    tl.debug_barrier()
+    _store_segments(
+        table_ptr, segment_end_ptr, flat, mask, bucket, begin, end, first_of_chunk, segment_pairs, buckets, classes,
+        num_flat, FIELDS,
+    )  # fmt: skip
