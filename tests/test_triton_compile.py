@@ -237,9 +237,6 @@ def launch_all(case: Case, total_tokens: int = 4096, num_sequences: int = 3) -> 
         launch_selected_bwd_kv_outer(*given, index, *sizes, backward, None, cu_seqlens_k)
 
     if case.branches:
-        # As of long sequences: more segments than one program can make.
-        long = replace(index, chunks=replace(index.chunks, num_blocks=1 << 14))
-        assert len([*long.segments(64), *long.far_segments(64, cu_seqlens, block_size, cu_seqlens_k)]) >= 2
         launch_branches(case, q, k, v, d_out, cu_seqlens, cu_seqlens_k)
     place = mark_valid(block_indices, cu_seqlens, block_size, cu_seqlens_k)
     launch_selected_fwd_query_outer(q, k, v, block_indices, place, *sizes, tiles.query_outer, cu_seqlens_k)

@@ -38,11 +38,12 @@ from torch import Tensor
 
 from .primitives import block_bounds, bounds_of_keys, keys_ahead, pack_blocks, padded, sequence_of
 
-# Counters of a selection: more runs make the writing of the pairs shorter, which one program does for each run.
-MAX_RUNS, MIN_RUNS, COUNTERS = 1024, 64, 1 << 23
-COUNT_ENTRIES = 512
-# What a warp places at once, an entry a lane.
-SCATTER_ENTRIES = 32
+# Counters of a selection: more runs make the writing of the pairs shorter, which one program does for each run, until
+# there are more counters than entries.
+MAX_RUNS, MIN_RUNS, COUNTERS, LEAST_RUN = 1024, 64, 1 << 23, 16
+COUNT_ENTRIES = 256
+# What a warp places at once, an entry a lane; blocks whose counters it makes places at once.
+SCATTER_ENTRIES, START_BLOCKS = 32, 128
 # Runs and buckets of a tile whose counts are summed up.
 SCAN_RUNS, SCAN_BUCKETS = 256, 8
 SEGMENT_BUCKETS = 128
@@ -50,8 +51,6 @@ SEGMENT_FIELDS = 5
 # Programs that start last should be short ones. Where a range of heads has more than so many (chunk, bucket), all are
 # short; otherwise segments are made for so many at once, so that they take little memory.
 SEGMENT_CLASSES, MAX_FLAT = 4, 1 << 18
-# Up to so many counts of segments are summed up by the one program that makes them all.
-MAX_SUMS_AT_ONCE = 1 << 13
 # Near blocks: those that NSA always selects. The kernels of `selected_near` and `near_hopper` are for these numbers.
 NEAR_INIT, NEAR_LOCAL = tl.constexpr(1), tl.constexpr(2)
 # There is no PTX in Triton's interpreter.
@@ -100,6 +99,7 @@ class Chunks:
         heads = max(divisors, default=1)
         token_chunks = triton.cdiv(total_tokens, min(total_tokens, max(fitting // heads, MIN_CHUNK_TOKENS)))
         max_runs = min(MAX_RUNS, max(MIN_RUNS, COUNTERS // (num_kv_heads * num_blocks)))
+        max_runs = min(max_runs, triton.cdiv(total_tokens, LEAST_RUN))
         runs = triton.cdiv(max_runs, token_chunks)
         step = tokens_per_step(slots)
         tokens_per_run = triton.cdiv(triton.cdiv(triton.cdiv(total_tokens, token_chunks), runs), step) * step
@@ -212,23 +212,16 @@ class InvertedIndex:
                 first * of_heads, flat, chunks.buckets, chunks.head_chunks, chunks.token_chunks, segment_pairs, classes,
                 sequences, chunks.num_blocks, block_size,
             )  # fmt: skip
+            grid = (triton.cdiv(flat, SEGMENT_BUCKETS),)
+            counts = torch.empty((classes + 1) * flat, **new)
+            _count_segments_kernel[grid](*given, counts, *sizes, SEGMENT_BUCKETS)
+            # One sum over both: of the tiles only differences count.
+            ends = torch.cumsum(counts, 0, dtype=torch.int32)
+            del counts
             # In any chunk a bucket has a segment that is not full at most once.
             most_pairs = chunks.total_tokens * head_chunks * chunks.heads * chunks.slots
             table = torch.empty((most_pairs // segment_pairs + min(flat, most_pairs), SEGMENT_FIELDS), **new)
-            # One sum over segments and tiles: of the tiles only differences count.
-            counts = torch.empty((classes + 1) * flat, **new)
-            if counts.numel() <= MAX_SUMS_AT_ONCE:
-                # The same tiles for all lengths, which are not to be compiled for.
-                tile = MAX_SUMS_AT_ONCE // SEGMENT_CLASSES
-                one = {"FIELDS": SEGMENT_FIELDS, "TILE": tile, "SUMS": MAX_SUMS_AT_ONCE, "num_warps": 16}
-                _make_segments_kernel[(1,)](*given, counts, table, *sizes, **one)
-                ends = counts
-            else:
-                grid = (triton.cdiv(flat, SEGMENT_BUCKETS),)
-                _count_segments_kernel[grid](*given, counts, *sizes, SEGMENT_BUCKETS)
-                ends = torch.cumsum(counts, 0, dtype=torch.int32)
-                _fill_segments_kernel[grid](*given, ends, table, *sizes, SEGMENT_FIELDS, SEGMENT_BUCKETS)
-            del counts
+            _fill_segments_kernel[grid](*given, ends, table, *sizes, SEGMENT_FIELDS, SEGMENT_BUCKETS)
             yield Segments(
                 table, ends, classes, flat, self._most_of_chunk(segment_pairs), first * chunks.token_chunks,
                 [*chunks][first * chunks.token_chunks : (first + head_chunks) * chunks.token_chunks],
@@ -296,7 +289,7 @@ def build_index(
     _scatter_pairs_kernel[(triton.cdiv(total_tokens, chunks.tokens_per_run), num_kv_heads)](
         block_indices, cu_seqlens, cu_seqlens_k, place, counts, bucket_ends, bucket_ends.numel(), pairs,
         total_tokens, cu_seqlens.numel() - 1, chunks.num_blocks, chunks.runs, chunks.tokens_per_run,
-        num_kv_heads, slots, padded(slots, 1), block_size, tokens_per_step(slots), num_warps=1,
+        num_kv_heads, slots, padded(slots, 1), block_size, tokens_per_step(slots), START_BLOCKS, num_warps=1,
     )  # fmt: skip
     return InvertedIndex(chunks, place, pairs, bucket_ends)
 
@@ -456,13 +449,15 @@ def _scatter_pairs_kernel(
     SLOTS_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
+    START_BLOCKS: tl.constexpr,
 ):
     """Writes the pairs of a run to their places, in the order of their tokens.
 
     Grid: (run of all tokens, kv head).
     Owns: the pairs and places of the run, and its counters, which nobody else touches; and a share of `pairs` as far as
         it is behind all pairs: zeros, so that an index that is saved has nothing undefined in it.
-    Invariant: after a step, each counter of the run stands behind the pairs written so far.
+    Invariant: after n steps of the first loop, the counters of the first n tiles of blocks are places among all pairs.
+        After a step of the second, each counter of the run stands behind the pairs written so far.
     """
     run, head = tl.program_id(0), tl.program_id(1)
     ENTRIES: tl.constexpr = TOKENS * SLOTS_PADDED
@@ -470,6 +465,14 @@ def _scatter_pairs_kernel(
     slot = entry % SLOTS_PADDED
     counter_ptr += run.to(tl.int64) * (HEADS * num_blocks)
     first_row = (run // runs).to(tl.int64) * (HEADS * num_blocks)
+    for first_block in range(0, num_blocks, START_BLOCKS):
+        # Pairs begin where those of the bucket before end. This also brings the counters near.
+        block = first_block + tl.arange(0, START_BLOCKS)
+        mask, row = block < num_blocks, first_row + head * num_blocks + block
+        start = tl.load(bucket_end_ptr + row - 1, mask=mask & (row > 0), other=0)
+        counters = counter_ptr + head * num_blocks + block
+        tl.store(counters, tl.load(counters, mask=mask, other=0) + start, mask=mask)
+    tl.debug_barrier()
     begin = run * tokens_per_run
     end = tl.minimum(begin + tokens_per_run, total_tokens)
     block_next, place_next = _entries(
@@ -486,21 +489,18 @@ def _scatter_pairs_kernel(
             block, tl.minimum(token, total_tokens - 1), head,
             cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, num_blocks, BLOCK_SIZE,
         )  # fmt: skip
-        in_bucket = tl.load(counter_ptr + bucket, mask=valid, other=0)
+        at = tl.load(counter_ptr + bucket, mask=valid, other=0)
         last = valid
         if TOKENS > 1:
             # Entries of this step that share a counter.
             before, behind = _ranks(tl.where(valid, bucket, -1 - entry), ENTRIES)
-            in_bucket += before
+            at += before
             last = valid & (behind == 0)
-        # Pairs begin where those of the bucket before end.
-        row = first_row + bucket
-        at = tl.load(bucket_end_ptr + row - 1, mask=valid & (row > 0), other=0) + in_bucket
         tl.store(pairs_ptr + at, token, mask=valid)
         tl.store(place_ptr + (token.to(tl.int64) * HEADS + head) * SLOTS + slot, at, mask=valid)
         # The reads of this step come before its writes, and these before the reads of the next one.
         tl.debug_barrier()
-        tl.store(counter_ptr + bucket, in_bucket + 1, mask=last)
+        tl.store(counter_ptr + bucket, at + 1, mask=last)
         tl.debug_barrier()
     entries = total_tokens.to(tl.int64) * (HEADS * SLOTS)
     share = tl.cdiv(entries, tl.num_programs(0) * HEADS)
@@ -586,52 +586,12 @@ def _cut_pairs(pairs, segment_pairs, classes):
     return full, rest, rest_class
 
 
-@triton.jit
-def _store_counts(
-    count_ptr, flat, mask, pairs, segment_pairs, buckets, classes, num_flat
-):  # fmt: skip
-    """Stores what `Segments.ends` is the running sum of; n steps are for the first n classes."""
-    full, rest, rest_class = _cut_pairs(pairs, segment_pairs, classes)
-    at = flat // buckets * (classes * buckets) + flat % buckets
-    for i in range(classes):
-        of_class = tl.where(rest_class == i, tl.minimum(rest, 1), 0) + tl.where(i == 0, full, 0)
-        tl.store(count_ptr + at + i * buckets, of_class, mask=mask)
-    count = full + tl.minimum(rest, 1)
-    tl.store(count_ptr + classes * num_flat + flat, tl.where(count > 1, count, 0), mask=mask)
-
-
-@triton.jit
-def _store_segments(
-    table_ptr, segment_end_ptr, flat, mask, bucket, begin, end, first_of_chunk, segment_pairs, buckets, classes,
-    num_flat, FIELDS: tl.constexpr,
-):  # fmt: skip
-    """Stores the segments of each (chunk, bucket of the chunk); after n steps the first n of each."""
-    full, rest, rest_class = _cut_pairs(end - begin, segment_pairs, classes)
-    count = full + tl.minimum(rest, 1)
-    at = flat // buckets * (classes * buckets) + flat % buckets
-    first = tl.load(segment_end_ptr + at, mask=mask, other=0) - tl.where(rest_class == 0, count, full)
-    last = tl.load(segment_end_ptr + at + rest_class * buckets, mask=mask, other=0) - 1
-    tile_end_ptr = segment_end_ptr + classes * num_flat
-    first_tile = tl.load(tile_end_ptr + flat, mask=mask, other=0) - count
-    first_tile -= tl.load(tile_end_ptr + flat // buckets * buckets - 1, mask=mask, other=0)
-    for i in range(0, tl.max(count, 0)):
-        row = table_ptr + tl.where(i < full, first + i, last).to(tl.int64) * FIELDS
-        here = mask & (i < count)
-        pair = begin + i * segment_pairs
-        tl.store(row, pair, mask=here)
-        tl.store(row + 1, first_of_chunk, mask=here)
-        tl.store(row + 2, tl.minimum(end - pair, segment_pairs), mask=here)
-        tl.store(row + 3, bucket, mask=here)
-        tl.store(row + 4, tl.where(count > 1, first_tile + i, -1), mask=here)
-
-
-_SEGMENT_SIZES = [
-    "first_flat", "num_flat", "buckets", "head_chunks", "token_chunks", "segment_pairs", "classes", "num_sequences",
-    "num_blocks",
-]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_SEGMENT_SIZES)
+@triton.jit(
+    do_not_specialize=[
+        "first_flat", "num_flat", "buckets", "head_chunks", "token_chunks", "segment_pairs", "classes", "num_sequences",
+        "num_blocks",
+    ]
+)  # fmt: skip
 def _count_segments_kernel(
     bucket_end_ptr,
     pairs_ptr,
@@ -654,7 +614,7 @@ def _count_segments_kernel(
 
     Grid: (tile of them,).
     Owns: their counts, of the segments of each class and of those of buckets that are cut; see `Segments`.
-    Invariant: no loop but that of the classes.
+    Invariant: after n steps, the counts of the first n classes are written.
     """
     flat = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = flat < num_flat
@@ -662,10 +622,21 @@ def _count_segments_kernel(
         first_flat + flat, bucket_end_ptr, pairs_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, buckets, head_chunks,
         token_chunks, num_sequences, num_blocks, mask, BLOCK_SIZE,
     )  # fmt: skip
-    _store_counts(count_ptr, flat, mask, end - begin, segment_pairs, buckets, classes, num_flat)
+    full, rest, rest_class = _cut_pairs(end - begin, segment_pairs, classes)
+    at = flat // buckets * (classes * buckets) + flat % buckets
+    for i in range(classes):
+        of_class = tl.where(rest_class == i, tl.minimum(rest, 1), 0) + tl.where(i == 0, full, 0)
+        tl.store(count_ptr + at + i * buckets, of_class, mask=mask)
+    count = full + tl.minimum(rest, 1)
+    tl.store(count_ptr + classes * num_flat + flat, tl.where(count > 1, count, 0), mask=mask)
 
 
-@triton.jit(do_not_specialize=_SEGMENT_SIZES)
+@triton.jit(
+    do_not_specialize=[
+        "first_flat", "num_flat", "buckets", "head_chunks", "token_chunks", "segment_pairs", "classes", "num_sequences",
+        "num_blocks",
+    ]
+)  # fmt: skip
 def _fill_segments_kernel(
     bucket_end_ptr,
     pairs_ptr,
@@ -690,7 +661,7 @@ def _fill_segments_kernel(
 
     Grid: (tile of them,).
     Owns: their rows of the table.
-    Invariant: no loop but that of the segments of a bucket.
+    Invariant: after n steps, the first n segments of each are written.
     """
     flat = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = flat < num_flat
@@ -698,55 +669,20 @@ def _fill_segments_kernel(
         first_flat + flat, bucket_end_ptr, pairs_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, buckets, head_chunks,
         token_chunks, num_sequences, num_blocks, mask, BLOCK_SIZE,
     )  # fmt: skip
-    _store_segments(
-        table_ptr, segment_end_ptr, flat, mask, bucket, begin, end, first_of_chunk, segment_pairs, buckets, classes,
-        num_flat, FIELDS,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_SEGMENT_SIZES)
-def _make_segments_kernel(
-    bucket_end_ptr,
-    pairs_ptr,
-    cu_seqlens_ptr,
-    cu_seqlens_k_ptr,
-    segment_end_ptr,
-    table_ptr,
-    first_flat,
-    num_flat,
-    buckets,
-    head_chunks,
-    token_chunks,
-    segment_pairs,
-    classes,
-    num_sequences,
-    num_blocks,
-    BLOCK_SIZE: tl.constexpr,
-    FIELDS: tl.constexpr,
-    TILE: tl.constexpr,
-    SUMS: tl.constexpr,
-):
-    """Counts the segments, sums them up and writes them, where one program can hold it all.
-
-    Grid: one program.
-    Owns: the ends and the table of `Segments`.
-    Invariant: no loop but those of the classes and of the segments of a bucket.
-    """
-    flat = tl.arange(0, TILE)
-    mask = flat < num_flat
-    bucket, begin, end, first_of_chunk = _pairs_to_cut(
-        first_flat + flat, bucket_end_ptr, pairs_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, buckets, head_chunks,
-        token_chunks, num_sequences, num_blocks, mask, BLOCK_SIZE,
-    )  # fmt: skip
-    _store_counts(segment_end_ptr, flat, mask, end - begin, segment_pairs, buckets, classes, num_flat)
-    tl.debug_barrier()
-    counted = tl.arange(0, SUMS)
-    there = counted < (classes + 1) * num_flat
-    ends = tl.cumsum(tl.load(segment_end_ptr + counted, mask=there, other=0), 0)
-    tl.debug_barrier()
-    tl.store(segment_end_ptr + counted, ends, mask=there)
-    tl.debug_barrier()
-    _store_segments(
-        table_ptr, segment_end_ptr, flat, mask, bucket, begin, end, first_of_chunk, segment_pairs, buckets, classes,
-        num_flat, FIELDS,
-    )  # fmt: skip
+    full, rest, rest_class = _cut_pairs(end - begin, segment_pairs, classes)
+    count = full + tl.minimum(rest, 1)
+    at = flat // buckets * (classes * buckets) + flat % buckets
+    first = tl.load(segment_end_ptr + at, mask=mask, other=0) - tl.where(rest_class == 0, count, full)
+    last = tl.load(segment_end_ptr + at + rest_class * buckets, mask=mask, other=0) - 1
+    tile_end_ptr = segment_end_ptr + classes * num_flat
+    first_tile = tl.load(tile_end_ptr + flat, mask=mask, other=0) - count
+    first_tile -= tl.load(tile_end_ptr + flat // buckets * buckets - 1, mask=mask, other=0)
+    for i in range(0, tl.max(count, 0)):
+        row = table_ptr + tl.where(i < full, first + i, last).to(tl.int64) * FIELDS
+        here = mask & (i < count)
+        pair = begin + i * segment_pairs
+        tl.store(row, pair, mask=here)
+        tl.store(row + 1, first_of_chunk, mask=here)
+        tl.store(row + 2, tl.minimum(end - pair, segment_pairs), mask=here)
+        tl.store(row + 3, bucket, mask=here)
+        tl.store(row + 4, tl.where(count > 1, first_tile + i, -1), mask=here)
