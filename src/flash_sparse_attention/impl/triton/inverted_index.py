@@ -36,14 +36,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import block_bounds, bounds_of_keys, keys_ahead, pack_blocks, padded, sequence_of
+from .primitives import (
+    block_bounds,
+    bounds_of_keys,
+    keys_ahead,
+    pack_blocks,
+    padded,
+    sequence_of,
+    wait_for_the_kernel_before,
+)
+from .tuning import early_launch
 
 # Counters of a selection: more runs make the writing of the pairs shorter, which one program does for each run, until
 # there are more counters than entries.
 MAX_RUNS, MIN_RUNS, COUNTERS, LEAST_RUN = 1024, 64, 1 << 23, 16
 COUNT_ENTRIES = 256
-# What a warp places at once, an entry a lane; blocks whose counters it makes places at once.
-SCATTER_ENTRIES, START_BLOCKS = 32, 128
+# Entries of a run that are placed at once, each by a lane of a warp; runs of a program; and blocks whose counters it
+# makes places at once.
+WARP = tl.constexpr(32)
+SCATTER_RUNS, START_BLOCKS = 4, 128
 # Runs and buckets of a tile whose counts are summed up.
 SCAN_RUNS, SCAN_BUCKETS = 256, 8
 SEGMENT_BUCKETS = 128
@@ -152,7 +163,7 @@ MIN_CHUNK_TOKENS = 256
 
 def tokens_per_step(slots: int) -> int:
     """Tokens whose pairs are placed at once."""
-    return max(1, SCATTER_ENTRIES // padded(slots, 1))
+    return max(1, WARP.value // padded(slots, 1))
 
 
 @dataclass(frozen=True)
@@ -214,14 +225,14 @@ class InvertedIndex:
             )  # fmt: skip
             grid = (triton.cdiv(flat, SEGMENT_BUCKETS),)
             counts = torch.empty((classes + 1) * flat, **new)
-            _count_segments_kernel[grid](*given, counts, *sizes, SEGMENT_BUCKETS)
+            _count_segments_kernel[grid](*given, counts, *sizes, SEGMENT_BUCKETS, **early_launch())
             # One sum over both: of the tiles only differences count.
             ends = torch.cumsum(counts, 0, dtype=torch.int32)
             del counts
             # In any chunk a bucket has a segment that is not full at most once.
             most_pairs = chunks.total_tokens * head_chunks * chunks.heads * chunks.slots
             table = torch.empty((most_pairs // segment_pairs + min(flat, most_pairs), SEGMENT_FIELDS), **new)
-            _fill_segments_kernel[grid](*given, ends, table, *sizes, SEGMENT_FIELDS, SEGMENT_BUCKETS)
+            _fill_segments_kernel[grid](*given, ends, table, *sizes, SEGMENT_FIELDS, SEGMENT_BUCKETS, **early_launch())
             yield Segments(
                 table, ends, classes, flat, self._most_of_chunk(segment_pairs), first * chunks.token_chunks,
                 [*chunks][first * chunks.token_chunks : (first + head_chunks) * chunks.token_chunks],
@@ -282,14 +293,16 @@ def build_index(
     buckets = num_kv_heads * chunks.num_blocks
     totals = torch.empty(chunks.bucket_ends, **new)
     _start_runs_kernel[(triton.cdiv(buckets, SCAN_BUCKETS), chunks.token_chunks)](
-        counts, totals, chunks.runs, buckets, SCAN_RUNS, SCAN_BUCKETS
+        counts, totals, chunks.runs, buckets, SCAN_RUNS, SCAN_BUCKETS, **early_launch()
     )
     bucket_ends = torch.cumsum(totals, 0, dtype=torch.int32)
     pairs = torch.empty(block_indices.numel(), **new)
-    _scatter_pairs_kernel[(triton.cdiv(total_tokens, chunks.tokens_per_run), num_kv_heads)](
+    tokens = tokens_per_step(slots)
+    _scatter_pairs_kernel[(triton.cdiv(total_tokens, chunks.tokens_per_run * SCATTER_RUNS), num_kv_heads)](
         block_indices, cu_seqlens, cu_seqlens_k, place, counts, bucket_ends, bucket_ends.numel(), pairs,
         total_tokens, cu_seqlens.numel() - 1, chunks.num_blocks, chunks.runs, chunks.tokens_per_run,
-        num_kv_heads, slots, padded(slots, 1), block_size, tokens_per_step(slots), START_BLOCKS, num_warps=1,
+        num_kv_heads, slots, padded(slots, 1), block_size, tokens, SCATTER_RUNS, START_BLOCKS,
+        num_warps=SCATTER_RUNS * tokens * padded(slots, 1) // WARP.value, **early_launch(),
     )  # fmt: skip
     return InvertedIndex(chunks, place, pairs, bucket_ends)
 
@@ -309,7 +322,7 @@ def _count_pairs(
     _count_pairs_kernel[(triton.cdiv(total_tokens, tokens), num_kv_heads)](
         block_indices, cu_seqlens, cu_seqlens_k, place, place if counts is None else counts,
         total_tokens, cu_seqlens.numel() - 1, num_blocks, tokens_per_run,
-        num_kv_heads, slots, padded(slots, 1), block_size, counts is not None, tokens,
+        num_kv_heads, slots, padded(slots, 1), block_size, counts is not None, tokens, **early_launch(),
     )  # fmt: skip
 
 
@@ -343,6 +356,7 @@ def _count_pairs_kernel(
     BLOCK_SIZE: tl.constexpr,
     COUNT: tl.constexpr,
     TOKENS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Finds the entries that count, and counts them.
 
@@ -350,6 +364,7 @@ def _count_pairs_kernel(
     Owns: place[tile, head] by plain stores; counts by atomics, whose order changes nothing.
     Invariant: after n steps, entries that repeat one of the first n slots are known.
     """
+    wait_for_the_kernel_before(EARLY)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1)
     slot = tl.arange(0, SLOTS_PADDED)[None, :]
@@ -371,13 +386,16 @@ def _count_pairs_kernel(
 
 
 @triton.jit(do_not_specialize=["runs", "buckets"])
-def _start_runs_kernel(counter_ptr, total_ptr, runs, buckets, RUNS: tl.constexpr, BUCKETS: tl.constexpr):
+def _start_runs_kernel(
+    counter_ptr, total_ptr, runs, buckets, RUNS: tl.constexpr, BUCKETS: tl.constexpr, EARLY: tl.constexpr
+):  # fmt: skip
     """Turns the counts of the runs of each bucket into the places in it where they begin, and sums them up.
 
     Grid: (tile of buckets, chunk of tokens).
     Owns: the counters of its buckets in the chunk, and their totals.
     Invariant: after n steps, `start` is where the run behind the first n tiles of runs begins.
     """
+    wait_for_the_kernel_before(EARLY)
     bucket = tl.program_id(0) * BUCKETS + tl.arange(0, BUCKETS)
     chunk = tl.program_id(1).to(tl.int64)
     mask = bucket < buckets
@@ -394,12 +412,9 @@ def _start_runs_kernel(counter_ptr, total_ptr, runs, buckets, RUNS: tl.constexpr
 
 @triton.jit
 def _entries(
-    block_indices_ptr, place_ptr, first, end, head,
-    HEADS: tl.constexpr, SLOTS: tl.constexpr, SLOTS_PADDED: tl.constexpr, TOKENS: tl.constexpr,
+    block_indices_ptr, place_ptr, token, slot, end, head, HEADS: tl.constexpr, SLOTS: tl.constexpr
 ):  # fmt: skip
-    """Block and place of the entries of the tokens from `first` to `end`, -1 for those that are not there."""
-    entry = tl.arange(0, TOKENS * SLOTS_PADDED)
-    token, slot = first + entry // SLOTS_PADDED, entry % SLOTS_PADDED
+    """Block and place of entries of tokens before `end`, -1 for those that are not there. Shapes are the same."""
     mask = (token < end) & (slot < SLOTS)
     offs = (token.to(tl.int64) * HEADS + head) * SLOTS + slot
     block = tl.load(block_indices_ptr + offs, mask=mask, other=-1)
@@ -407,13 +422,15 @@ def _entries(
 
 
 @triton.jit
-def _ranks(name, ENTRIES: tl.constexpr):
-    """Of int32 names of entries, one a lane of a warp: how many of the same stand before each, and how many behind."""
+def _ranks(name, entry):
+    """Of int32 names of entries, a warp of each 32: how many of its warp are the same and stand before it, or behind.
+
+    `entry` numbers them.
+    """
     if INTERPRETED:
-        entry = tl.arange(0, ENTRIES)
-        same = (name[:, None] == name[None, :]).to(tl.int32)
-        before = tl.sum(tl.where(entry[None, :] < entry[:, None], same, 0), 1)
-        return before, tl.sum(same, 1) - 1 - before
+        same = (name[:, None] == name[None, :]) & (entry[:, None] // WARP == entry[None, :] // WARP)
+        before = tl.sum((same & (entry[None, :] < entry[:, None])).to(tl.int32), 1)
+        return before, tl.sum(same.to(tl.int32), 1) - 1 - before
     return tl.inline_asm_elementwise(
         """{
         .reg .b32 same, part, lanes;
@@ -449,65 +466,68 @@ def _scatter_pairs_kernel(
     SLOTS_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
+    RUNS: tl.constexpr,
     START_BLOCKS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """Writes the pairs of a run to their places, in the order of their tokens.
+    """Writes the pairs of some runs to their places, in the order of their tokens.
 
-    Grid: (run of all tokens, kv head).
-    Owns: the pairs and places of the run, and its counters, which nobody else touches; and a share of `pairs` as far as
-        it is behind all pairs: zeros, so that an index that is saved has nothing undefined in it.
+    Grid: (tile of runs of all tokens, kv head).
+    Owns: the pairs and places of the runs, and their counters, which nobody else touches; and a share of `pairs` as far
+        as it is behind all pairs: zeros, so that an index that is saved has nothing undefined in it.
     Invariant: after n steps of the first loop, the counters of the first n tiles of blocks are places among all pairs.
-        After a step of the second, each counter of the run stands behind the pairs written so far.
+        After a step of the second, each counter of a run stands behind the pairs of the run written so far.
     """
-    run, head = tl.program_id(0), tl.program_id(1)
-    ENTRIES: tl.constexpr = TOKENS * SLOTS_PADDED
-    entry = tl.arange(0, ENTRIES)
-    slot = entry % SLOTS_PADDED
-    counter_ptr += run.to(tl.int64) * (HEADS * num_blocks)
-    first_row = (run // runs).to(tl.int64) * (HEADS * num_blocks)
+    wait_for_the_kernel_before(EARLY)
+    tile, head = tl.program_id(0), tl.program_id(1)
+    buckets = HEADS * num_blocks
+    started = tl.arange(0, RUNS * START_BLOCKS)
+    run = tile * RUNS + started // START_BLOCKS
     for first_block in range(0, num_blocks, START_BLOCKS):
         # Pairs begin where those of the bucket before end. This also brings the counters near.
-        block = first_block + tl.arange(0, START_BLOCKS)
-        mask, row = block < num_blocks, first_row + head * num_blocks + block
+        bucket = head * num_blocks + first_block + started % START_BLOCKS
+        mask = (first_block + started % START_BLOCKS < num_blocks) & (run * tokens_per_run < total_tokens)
+        row = (run // runs).to(tl.int64) * buckets + bucket
         start = tl.load(bucket_end_ptr + row - 1, mask=mask & (row > 0), other=0)
-        counters = counter_ptr + head * num_blocks + block
+        counters = counter_ptr + run.to(tl.int64) * buckets + bucket
         tl.store(counters, tl.load(counters, mask=mask, other=0) + start, mask=mask)
     tl.debug_barrier()
-    begin = run * tokens_per_run
-    end = tl.minimum(begin + tokens_per_run, total_tokens)
-    block_next, place_next = _entries(
-        block_indices_ptr, place_ptr, begin, end, head, HEADS, SLOTS, SLOTS_PADDED, TOKENS
-    )
-    for first in range(begin, end, TOKENS):
+    ENTRIES: tl.constexpr = TOKENS * SLOTS_PADDED
+    entry = tl.arange(0, RUNS * ENTRIES)
+    run, slot = tile * RUNS + entry // ENTRIES, entry % SLOTS_PADDED
+    token = run * tokens_per_run + entry % ENTRIES // SLOTS_PADDED
+    end = tl.minimum((run + 1) * tokens_per_run, total_tokens)
+    counter_ptrs = counter_ptr + run.to(tl.int64) * buckets
+    block_next, place_next = _entries(block_indices_ptr, place_ptr, token, slot, end, head, HEADS, SLOTS)
+    for _ in range(0, tokens_per_run, TOKENS):
         # Loaded one step ahead, as a step is shorter than the way to memory.
         block, valid = block_next, place_next == 0
-        block_next, place_next = _entries(
-            block_indices_ptr, place_ptr, first + TOKENS, end, head, HEADS, SLOTS, SLOTS_PADDED, TOKENS
-        )
-        token = first + entry // SLOTS_PADDED
+        block_next, place_next = _entries(block_indices_ptr, place_ptr, token + TOKENS, slot, end, head, HEADS, SLOTS)
         bucket, _ = _buckets(
             block, tl.minimum(token, total_tokens - 1), head,
             cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, num_blocks, BLOCK_SIZE,
         )  # fmt: skip
-        at = tl.load(counter_ptr + bucket, mask=valid, other=0)
+        at = tl.load(counter_ptrs + bucket, mask=valid, other=0)
         last = valid
         if TOKENS > 1:
-            # Entries of this step that share a counter.
-            before, behind = _ranks(tl.where(valid, bucket, -1 - entry), ENTRIES)
+            # Entries of this step that share a counter. A run has a warp for itself.
+            tl.static_assert(ENTRIES == WARP)
+            before, behind = _ranks(tl.where(valid, bucket, -1 - entry), entry)
             at += before
             last = valid & (behind == 0)
         tl.store(pairs_ptr + at, token, mask=valid)
         tl.store(place_ptr + (token.to(tl.int64) * HEADS + head) * SLOTS + slot, at, mask=valid)
         # The reads of this step come before its writes, and these before the reads of the next one.
         tl.debug_barrier()
-        tl.store(counter_ptr + bucket, at + 1, mask=last)
+        tl.store(counter_ptrs + bucket, at + 1, mask=last)
         tl.debug_barrier()
+        token += TOKENS
     entries = total_tokens.to(tl.int64) * (HEADS * SLOTS)
     share = tl.cdiv(entries, tl.num_programs(0) * HEADS)
-    share_begin = share * (run * HEADS + head)
+    share_begin = share * (tile * HEADS + head)
     share_end = tl.minimum(share_begin + share, entries)
     share_begin = tl.maximum(share_begin, tl.load(bucket_end_ptr + num_ends - 1))
-    for behind in range(share_begin, share_end, ENTRIES):
+    for behind in range(share_begin, share_end, RUNS * ENTRIES):
         tl.store(pairs_ptr + behind + entry, 0, mask=behind + entry < share_end)
 
 
@@ -609,6 +629,7 @@ def _count_segments_kernel(
     num_blocks,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Counts the segments of each (chunk, bucket of the chunk), of all pairs or, with `pairs_ptr`, of the far ones.
 
@@ -616,6 +637,7 @@ def _count_segments_kernel(
     Owns: their counts, of the segments of each class and of those of buckets that are cut; see `Segments`.
     Invariant: after n steps, the counts of the first n classes are written.
     """
+    wait_for_the_kernel_before(EARLY)
     flat = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = flat < num_flat
     _, begin, end, _ = _pairs_to_cut(
@@ -656,6 +678,7 @@ def _fill_segments_kernel(
     BLOCK_SIZE: tl.constexpr,
     FIELDS: tl.constexpr,
     TILE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Writes the segments of each (chunk, bucket of the chunk), of the pairs that `_count_segments_kernel` counts.
 
@@ -663,6 +686,7 @@ def _fill_segments_kernel(
     Owns: their rows of the table.
     Invariant: after n steps, the first n segments of each are written.
     """
+    wait_for_the_kernel_before(EARLY)
     flat = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = flat < num_flat
     bucket, begin, end, first_of_chunk = _pairs_to_cut(

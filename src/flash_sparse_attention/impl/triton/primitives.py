@@ -147,6 +147,13 @@ def tile_of_rows(tile, cu_seqlens_ptr, num_sequences, GROUP: tl.constexpr, ROWS:
 
 
 @triton.jit
+def wait_for_the_kernel_before(EARLY: tl.constexpr):
+    """What a kernel that is launched by `tuning.early_launch` does before all else."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
 def finite_maximum(largest):
     """A maximum to subtract: any finite one serves a row that has nothing, whose maximum is -inf."""
     return tl.where(largest == -float("inf"), 0.0, largest)

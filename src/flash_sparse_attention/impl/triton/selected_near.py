@@ -31,7 +31,9 @@ from .primitives import (
     padded_dim,
     sequence_of,
     store_rows,
+    wait_for_the_kernel_before,
 )
+from .tuning import early_launch
 
 # Rows of a tile, warps, and stages of the loop over tiles of rows; 2 stages took 1.21 ms for 0.76 (H200).
 ROWS, WARPS, STAGES = 64, 4, 1
@@ -63,7 +65,7 @@ def launch_near(
     tokens = max(1, SPLIT_ENTRIES // slots)
     _split_entries_kernel[(triton.cdiv(total_tokens, tokens), chunks.num_kv_heads)](
         block_indices, index.place, far, selected, cu_seqlens, cu_seqlens_k, total_tokens, num_sequences,
-        chunks.num_kv_heads, chunks.slots, slots, block_size, tokens,
+        chunks.num_kv_heads, chunks.slots, slots, block_size, tokens, **early_launch(),
     )  # fmt: skip
     if specialized:
         # Not every version of Triton has what it needs.
@@ -99,6 +101,7 @@ def _split_entries_kernel(
     SLOTS_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Splits the entries of a selection into far and near ones.
 
@@ -107,6 +110,7 @@ def _split_entries_kernel(
         the near blocks that is selected: the first ones, then the query's own and those before that.
     Invariant: no loop.
     """
+    wait_for_the_kernel_before(EARLY)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     mask = token < total_tokens
     slot = tl.arange(0, SLOTS_PADDED)[None, :]

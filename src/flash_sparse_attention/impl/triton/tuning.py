@@ -497,6 +497,14 @@ def runs_gluon() -> bool:
     return triton.runtime.driver.active.get_current_target().arch == 90
 
 
+def early_launch() -> dict[str, bool]:
+    """How short kernels are launched: on sm_90 while the one before still runs, for which they wait by themselves.
+
+    CUDA calls it programmatic dependent launch. Of kernels with many programs every one would wait.
+    """
+    return {"EARLY": True, "launch_pdl": True} if runs_gluon() else {"EARLY": False}
+
+
 # Compute capabilities with more than 200 KiB of shared memory; most others have about 100.
 DATA_CENTRE = (90, 100, 103)
 
