@@ -33,7 +33,7 @@ from flash_sparse_attention.impl.triton.interval import (
     launch_interval_dq,
     launch_interval_fwd,
 )
-from flash_sparse_attention.impl.triton.inverted_index import Chunks, InvertedIndex, mark_valid
+from flash_sparse_attention.impl.triton.inverted_index import SHORT, Chunks, InvertedIndex, mark_valid
 from flash_sparse_attention.impl.triton.merge import MOST_HOPPER_SLOTS, launch_merge
 from flash_sparse_attention.impl.triton.ops import selected as ops
 from flash_sparse_attention.impl.triton.selected_kv_outer import (
@@ -237,6 +237,8 @@ def launch_all(case: Case, total_tokens: int = 4096, num_sequences: int = 3) -> 
         launch_selected_bwd_kv_outer(*given, index, *sizes, backward, None, cu_seqlens_k)
 
     if case.branches:
+        long = rows(NUM_KV_HEADS, case.slots, dtype=torch.int32, tokens=2 * SHORT)
+        ops._index(shape, long, len(long), cu_seqlens, None, block_size, WORKSPACE_MIB)
         launch_branches(case, q, k, v, d_out, cu_seqlens, cu_seqlens_k)
     place = mark_valid(block_indices, cu_seqlens, block_size, cu_seqlens_k)
     launch_selected_fwd_query_outer(q, k, v, block_indices, place, *sizes, tiles.query_outer, cu_seqlens_k)

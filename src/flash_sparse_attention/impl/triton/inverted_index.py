@@ -51,10 +51,11 @@ from .tuning import early_launch
 # there are more counters than entries.
 MAX_RUNS, MIN_RUNS, COUNTERS, LEAST_RUN = 1024, 64, 1 << 23, 16
 COUNT_ENTRIES = 256
-# Entries of a run that are placed at once, each by a lane of a warp; runs of a program; and blocks whose counters it
-# makes places at once.
-WARP = tl.constexpr(32)
-SCATTER_RUNS, START_BLOCKS = 4, 128
+# Lanes of a warp, which places as many entries at once. Where there are more tokens the counters of the runs that are
+# written side by side do not fit a cache any more, and it places twice as many.
+WARP, SHORT = tl.constexpr(32), 1 << 14
+# Blocks whose counters are made places at once.
+START_BLOCKS = 128
 # Runs and buckets of a tile whose counts are summed up.
 SCAN_RUNS, SCAN_BUCKETS = 256, 8
 SEGMENT_BUCKETS = 128
@@ -112,7 +113,7 @@ class Chunks:
         max_runs = min(MAX_RUNS, max(MIN_RUNS, COUNTERS // (num_kv_heads * num_blocks)))
         max_runs = min(max_runs, triton.cdiv(total_tokens, LEAST_RUN))
         runs = triton.cdiv(max_runs, token_chunks)
-        step = tokens_per_step(slots)
+        step = tokens_per_step(slots, total_tokens)
         tokens_per_run = triton.cdiv(triton.cdiv(triton.cdiv(total_tokens, token_chunks), runs), step) * step
         runs = triton.cdiv(triton.cdiv(total_tokens, token_chunks), tokens_per_run)
         token_chunks = triton.cdiv(total_tokens, runs * tokens_per_run)
@@ -161,9 +162,10 @@ class Chunks:
 MIN_CHUNK_TOKENS = 256
 
 
-def tokens_per_step(slots: int) -> int:
+def tokens_per_step(slots: int, total_tokens: int) -> int:
     """Tokens whose pairs are placed at once."""
-    return max(1, WARP.value // padded(slots, 1))
+    entries = WARP.value if total_tokens <= SHORT else 2 * WARP.value
+    return max(1, entries // padded(slots, 1))
 
 
 @dataclass(frozen=True)
@@ -297,12 +299,11 @@ def build_index(
     )
     bucket_ends = torch.cumsum(totals, 0, dtype=torch.int32)
     pairs = torch.empty(block_indices.numel(), **new)
-    tokens = tokens_per_step(slots)
-    _scatter_pairs_kernel[(triton.cdiv(total_tokens, chunks.tokens_per_run * SCATTER_RUNS), num_kv_heads)](
+    _scatter_pairs_kernel[(triton.cdiv(total_tokens, chunks.tokens_per_run), num_kv_heads)](
         block_indices, cu_seqlens, cu_seqlens_k, place, counts, bucket_ends, bucket_ends.numel(), pairs,
         total_tokens, cu_seqlens.numel() - 1, chunks.num_blocks, chunks.runs, chunks.tokens_per_run,
-        num_kv_heads, slots, padded(slots, 1), block_size, tokens, SCATTER_RUNS, START_BLOCKS,
-        num_warps=SCATTER_RUNS * tokens * padded(slots, 1) // WARP.value, **early_launch(),
+        num_kv_heads, slots, padded(slots, 1), block_size, tokens_per_step(slots, total_tokens), START_BLOCKS,
+        num_warps=1, **early_launch(),
     )  # fmt: skip
     return InvertedIndex(chunks, place, pairs, bucket_ends)
 
@@ -422,15 +423,14 @@ def _entries(
 
 
 @triton.jit
-def _ranks(name, entry):
-    """Of int32 names of entries, a warp of each 32: how many of its warp are the same and stand before it, or behind.
-
-    `entry` numbers them.
-    """
-    if INTERPRETED:
-        same = (name[:, None] == name[None, :]) & (entry[:, None] // WARP == entry[None, :] // WARP)
-        before = tl.sum((same & (entry[None, :] < entry[:, None])).to(tl.int32), 1)
-        return before, tl.sum(same.to(tl.int32), 1) - 1 - before
+def _ranks(name, ENTRIES: tl.constexpr):
+    """Of int32 names of entries: how many of the same stand before each, and how many behind; by one warp."""
+    if INTERPRETED or ENTRIES > WARP:
+        entry = tl.arange(0, ENTRIES)
+        # Both are counted at once: those before in the low half of a number, those behind in the high half.
+        one = tl.where(entry[None, :] < entry[:, None], 1, tl.where(entry[None, :] > entry[:, None], 1 << 16, 0))
+        others = tl.sum(tl.where(name[:, None] == name[None, :], one, 0), 1)
+        return others % (1 << 16), others >> 16
     return tl.inline_asm_elementwise(
         """{
         .reg .b32 same, part, lanes;
@@ -466,40 +466,38 @@ def _scatter_pairs_kernel(
     SLOTS_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
-    RUNS: tl.constexpr,
     START_BLOCKS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Writes the pairs of some runs to their places, in the order of their tokens.
+    """Writes the pairs of a run to their places, in the order of their tokens.
 
-    Grid: (tile of runs of all tokens, kv head).
-    Owns: the pairs and places of the runs, and their counters, which nobody else touches; and a share of `pairs` as far
-        as it is behind all pairs: zeros, so that an index that is saved has nothing undefined in it.
+    Grid: (run of all tokens, kv head).
+    Owns: the pairs and places of the run, and its counters, which nobody else touches; and a share of `pairs` as far as
+        it is behind all pairs: zeros, so that an index that is saved has nothing undefined in it.
     Invariant: after n steps of the first loop, the counters of the first n tiles of blocks are places among all pairs.
-        After a step of the second, each counter of a run stands behind the pairs of the run written so far.
+        After a step of the second, each counter of the run stands behind the pairs written so far.
     """
     wait_for_the_kernel_before(EARLY)
-    tile, head = tl.program_id(0), tl.program_id(1)
+    run, head = tl.program_id(0), tl.program_id(1)
     buckets = HEADS * num_blocks
-    started = tl.arange(0, RUNS * START_BLOCKS)
-    run = tile * RUNS + started // START_BLOCKS
+    counter_ptr += run.to(tl.int64) * buckets
+    first_row = (run // runs).to(tl.int64) * buckets
     for first_block in range(0, num_blocks, START_BLOCKS):
         # Pairs begin where those of the bucket before end. This also brings the counters near.
-        bucket = head * num_blocks + first_block + started % START_BLOCKS
-        mask = (first_block + started % START_BLOCKS < num_blocks) & (run * tokens_per_run < total_tokens)
-        row = (run // runs).to(tl.int64) * buckets + bucket
+        block = first_block + tl.arange(0, START_BLOCKS)
+        bucket, mask = head * num_blocks + block, block < num_blocks
+        row = first_row + bucket
         start = tl.load(bucket_end_ptr + row - 1, mask=mask & (row > 0), other=0)
-        counters = counter_ptr + run.to(tl.int64) * buckets + bucket
-        tl.store(counters, tl.load(counters, mask=mask, other=0) + start, mask=mask)
+        tl.store(counter_ptr + bucket, tl.load(counter_ptr + bucket, mask=mask, other=0) + start, mask=mask)
     tl.debug_barrier()
     ENTRIES: tl.constexpr = TOKENS * SLOTS_PADDED
-    entry = tl.arange(0, RUNS * ENTRIES)
-    run, slot = tile * RUNS + entry // ENTRIES, entry % SLOTS_PADDED
-    token = run * tokens_per_run + entry % ENTRIES // SLOTS_PADDED
-    end = tl.minimum((run + 1) * tokens_per_run, total_tokens)
-    counter_ptrs = counter_ptr + run.to(tl.int64) * buckets
+    entry = tl.arange(0, ENTRIES)
+    slot = entry % SLOTS_PADDED
+    begin = run * tokens_per_run
+    end = tl.minimum(begin + tokens_per_run, total_tokens)
+    token = begin + entry // SLOTS_PADDED
     block_next, place_next = _entries(block_indices_ptr, place_ptr, token, slot, end, head, HEADS, SLOTS)
-    for _ in range(0, tokens_per_run, TOKENS):
+    for _ in range(begin, end, TOKENS):
         # Loaded one step ahead, as a step is shorter than the way to memory.
         block, valid = block_next, place_next == 0
         block_next, place_next = _entries(block_indices_ptr, place_ptr, token + TOKENS, slot, end, head, HEADS, SLOTS)
@@ -507,27 +505,26 @@ def _scatter_pairs_kernel(
             block, tl.minimum(token, total_tokens - 1), head,
             cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, num_blocks, BLOCK_SIZE,
         )  # fmt: skip
-        at = tl.load(counter_ptrs + bucket, mask=valid, other=0)
+        at = tl.load(counter_ptr + bucket, mask=valid, other=0)
         last = valid
         if TOKENS > 1:
-            # Entries of this step that share a counter. A run has a warp for itself.
-            tl.static_assert(ENTRIES == WARP)
-            before, behind = _ranks(tl.where(valid, bucket, -1 - entry), entry)
+            # Entries of this step that share a counter.
+            before, behind = _ranks(tl.where(valid, bucket, -1 - entry), ENTRIES)
             at += before
             last = valid & (behind == 0)
         tl.store(pairs_ptr + at, token, mask=valid)
         tl.store(place_ptr + (token.to(tl.int64) * HEADS + head) * SLOTS + slot, at, mask=valid)
         # The reads of this step come before its writes, and these before the reads of the next one.
         tl.debug_barrier()
-        tl.store(counter_ptrs + bucket, at + 1, mask=last)
+        tl.store(counter_ptr + bucket, at + 1, mask=last)
         tl.debug_barrier()
         token += TOKENS
     entries = total_tokens.to(tl.int64) * (HEADS * SLOTS)
     share = tl.cdiv(entries, tl.num_programs(0) * HEADS)
-    share_begin = share * (tile * HEADS + head)
+    share_begin = share * (run * HEADS + head)
     share_end = tl.minimum(share_begin + share, entries)
     share_begin = tl.maximum(share_begin, tl.load(bucket_end_ptr + num_ends - 1))
-    for behind in range(share_begin, share_end, RUNS * ENTRIES):
+    for behind in range(share_begin, share_end, ENTRIES):
         tl.store(pairs_ptr + behind + entry, 0, mask=behind + entry < share_end)
 
 
