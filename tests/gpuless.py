@@ -36,6 +36,7 @@ class Compiled:
         max_registers: what the launch allows, 255 where it says nothing.
         shared_bytes, tensor_memory: of a program; tensor memory in columns.
         ptx: its assembly.
+        early: whether it is launched before the one before it has ended, for which it waits by itself.
         serialized: whether the assembler makes products of a warp group wait for each other, as registers are few.
     """
 
@@ -49,6 +50,7 @@ class Compiled:
     tensor_memory: int
     ptx: str
     serialized: bool
+    early: bool
 
 
 class TargetDriver:
@@ -150,4 +152,5 @@ def _resources(binary: Any, flags: list[str], report: str) -> Compiled:
         getattr(metadata, "tmem_size", None) or 0,
         binary.asm["ptx"],
         "wgmma.mma_async instructions are serialized" in report,
+        bool(getattr(metadata, "launch_pdl", False)),
     )

@@ -366,6 +366,10 @@ def test_runs_that_are_left_out(quick, tmp_path):
     assert result.exit_code == 0, result.output
     assert {row.skipped for row in Report.load(path).rows} == {"takes at least 0 s"}
     result = invoke(*common, "--overwrite", "--longest-run", 0)
+    for wrong in ("cudnn", "", "none,sdpa"):
+        result = invoke(*common, "--overwrite", "--full-attention", wrong)
+        assert f"--full-attention must be none, or of sdpa, got {wrong.split(',')[0]!r}" in str(result.exception)
+    result = invoke(*common, "--overwrite", "--longest-run", 0)
     assert "--longest-run must be a positive number of seconds, got 0" in str(result.exception)
 
 

@@ -12,6 +12,7 @@ import torch
 from flash_sparse_attention import functional
 from flash_sparse_attention.bench.cases import Bench
 from flash_sparse_attention.bench.results import FULL, Report, Roofline
+from flash_sparse_attention.bench.run import Options, run
 from flash_sparse_attention.bench.suites import decode, model
 from flash_sparse_attention.bench.timing import Effort, Taken
 
@@ -257,6 +258,24 @@ class TestModel:
     def test_real_widths_are_for_gpus(self, bench: Bench):
         (row,) = model.rows(model.options(False, CPU), bench)
         assert row.skipped.startswith("the widths of real models are for GPUs")
+
+    @pytest.mark.parametrize(
+        ("names", "variants"),
+        [
+            (None, ("kv_outer", "query_outer", "cudnn", "flash")),
+            (("cudnn", "flex"), ("kv_outer", "query_outer", "cudnn")),
+            ((), ("kv_outer", "query_outer")),
+        ],
+    )
+    def test_full_attention_by_name(self, names, variants):
+        options = model.ModelOptions(full_attention=names)
+        assert model.variants_on(torch.device("cuda"), options) == variants
+
+    def test_sparse_attention_alone(self, bench: Bench):
+        options = Options(suites=("model",), device=CPU, quick=True, full_attention=())
+        report = run(options, "fsa bench", announce=bench.announce)
+        assert {row.variant for row in report.rows} == {"blockwise"}
+        assert all(row.ms is not None for row in report.rows)
 
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from flash_sparse_attention.impl.triton.interval import (
     launch_interval_dq,
     launch_interval_fwd,
 )
-from flash_sparse_attention.impl.triton.inverted_index import SHORT, Chunks, InvertedIndex, mark_valid
+from flash_sparse_attention.impl.triton.inverted_index import SHORT, Chunks, InvertedIndex, build_index, mark_valid
 from flash_sparse_attention.impl.triton.merge import MOST_HOPPER_SLOTS, launch_merge
 from flash_sparse_attention.impl.triton.ops import selected as ops
 from flash_sparse_attention.impl.triton.selected_kv_outer import (
@@ -237,8 +238,6 @@ def launch_all(case: Case, total_tokens: int = 4096, num_sequences: int = 3) -> 
         launch_selected_bwd_kv_outer(*given, index, *sizes, backward, None, cu_seqlens_k)
 
     if case.branches:
-        long = rows(NUM_KV_HEADS, case.slots, dtype=torch.int32, tokens=2 * SHORT)
-        ops._index(shape, long, len(long), cu_seqlens, None, block_size, WORKSPACE_MIB)
         launch_branches(case, q, k, v, d_out, cu_seqlens, cu_seqlens_k)
     place = mark_valid(block_indices, cu_seqlens, block_size, cu_seqlens_k)
     launch_selected_fwd_query_outer(q, k, v, block_indices, place, *sizes, tiles.query_outer, cu_seqlens_k)
@@ -309,6 +308,10 @@ def compiler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiler]:
 def compile_all(compiler: Compiler, case: Case) -> list[Compiled]:
     with compiler.launches(case.arch) as launched:
         launch_all(case)
+        if case.branches:
+            long = torch.empty(2 * SHORT, NUM_KV_HEADS, case.slots, dtype=torch.int32, device="meta")
+            chunks = Chunks.fit(long, len(long), 3, case.block_size, 1, WORKSPACE_MIB << 20)
+            build_index(long, torch.empty(4, dtype=torch.int32, device="meta"), case.block_size, chunks)
     return list(launched.values())
 
 
@@ -341,6 +344,7 @@ def test_compiles_and_fits(compiler: Compiler, case: Case):
     expected -= set() if case.hopper_merge else {MERGE[1]}
     assert names == expected if case.branches else names < expected
     assert not [problem for kernel in compiled for problem in too_much(case, kernel)]
+    assert_early_kernels_wait(compiled, case.arch)
     assert_merges_fit([kernel for kernel in compiled if kernel.name == MERGE[1]])
     if case.dtype != torch.float32 and max(case.dims) <= 128:
         forward, backward = case.specialized
@@ -354,6 +358,23 @@ def test_compiles_and_fits(compiler: Compiler, case: Case):
         assert {*selected, *dense} <= {x for k in main for x in (k.variant, k.name)}
         assert not [kernel.variant for kernel in main if MATRIX_UNITS[case.arch] not in kernel.ptx]
         assert not [kernel.variant for kernel in compiled if "_hopper_" in kernel.name and kernel.serialized]
+
+
+# Launched before the one before them has ended, on sm_90.
+EARLY = {
+    "_count_pairs_kernel", "_start_runs_kernel", "_scatter_pairs_kernel", "_count_segments_kernel",
+    "_fill_segments_kernel", SPLIT,
+}  # fmt: skip
+
+
+def assert_early_kernels_wait(compiled: list[Compiled], arch: int) -> None:
+    early = [kernel for kernel in compiled if kernel.early]
+    names = {kernel.name for kernel in early}
+    assert names == {kernel.name for kernel in compiled if kernel.name in EARLY} if arch == 90 else not names
+    for kernel in early:
+        first_access = re.search(r"\b(ld|st|atom|red)\.\S*global|\bcp\.async", kernel.ptx)
+        assert first_access
+        assert 0 <= kernel.ptx.find("griddepcontrol.wait") < first_access.start()
 
 
 def assert_merges_fit(merges: list[Compiled]) -> None:
@@ -486,7 +507,8 @@ LENGTHS = [(1000, 1), (4097, 7), (65536, 16)]
 # other writes float32 for several shares of the rows, into which short sequences are cut, and for one the gradients, or
 # adds to them.
 DKV = INTERVAL[-1], HOPPER_INTERVAL[-1]
-BY_MAGNITUDE = {"_pick_blocks_kernel", *DKV, *(f"{name} ADD" for name in DKV)}
+# Beyond 16,384 tokens pairs are placed 64 at a time instead of 32.
+BY_MAGNITUDE = {"_pick_blocks_kernel", "_scatter_pairs_kernel", *DKV, *(f"{name} ADD" for name in DKV)}
 
 
 def test_lengths_never_recompile(compiler: Compiler):

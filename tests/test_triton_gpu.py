@@ -187,13 +187,13 @@ def test_logits_of_ten_thousand(loop_order: str):
 def test_index_against_a_stable_sort(lengths: list[int], slots: int):
     layout, heads = SequenceLayout.from_lengths(lengths, "cuda"), 2
     tokens = layout.total_tokens
-    # Near each other, so that the tokens of a step share blocks.
-    indices = random_selection(tokens, heads, slots, 12, "cuda")
+    position = layout.positions()[:, None, None]
+    # Near each other, so that the tokens of a step share blocks; some negative, some in the future.
+    indices = (position // 64 + 2).to(torch.int32) - random_selection(tokens, heads, slots, 12, "cuda")
     chunks = Chunks.fit(indices, tokens, layout.batch, 64, 1, 1 << 30)
-    # Three chunks of tokens.
+    # Three chunks of tokens, or fewer where runs do not divide.
     chunks = replace(chunks, runs=-(-chunks.runs // 3), token_chunks=3)
     index = build_index(indices, layout.cu_seqlens, 64, chunks)
-    position = layout.positions()[:, None, None]
     valid = (indices >= 0) & (indices <= position // 64)
     for slot in range(1, slots):
         valid[..., slot] &= (indices[..., :slot] != indices[..., slot, None]).all(-1)

@@ -104,8 +104,13 @@ def test_index_against_counting_one_by_one(
     from flash_sparse_attention.impl.triton import inverted_index
 
     monkeypatch.setattr(inverted_index, "MIN_CHUNK_TOKENS", 1)
-    # With the smallest workspace as of long sequences.
-    monkeypatch.setattr(inverted_index, "SHORT", 0 if workspace == 700 else inverted_index.SHORT)
+    if workspace == 700:
+        # As of long sequences.
+        monkeypatch.setattr(inverted_index, "SHORT", 0)
+    if workspace == 2000:
+        # Several tiles of blocks and of runs, as of long sequences.
+        monkeypatch.setattr(inverted_index, "START_BLOCKS", 8)
+        monkeypatch.setattr(inverted_index, "SCAN_RUNS", 4)
     tokens, heads, slots, block_size = sum(lengths), 2, 5, 16
     keys = SequenceLayout.from_lengths([a + b for a, b in zip(lengths, past, strict=True)])
     layout = SequenceLayout.from_lengths(lengths).after(keys)

@@ -186,7 +186,7 @@ class SequenceLayout:
     @classmethod
     def uniform(cls, batch: int, length: int, device: torch.device | str = "cpu") -> SequenceLayout:
         """The layout of `batch` sequences of one length: a batched tensor `[B, S, ...]`, flattened."""
-        if torch.compiler.is_compiling() or length == 0:
+        if torch.compiler.is_compiling() or length <= 0:
             bounds = torch.arange(batch + 1, dtype=torch.int32, device=device) * length
         else:
             # One launch; traced, its size would be an expression of the length.

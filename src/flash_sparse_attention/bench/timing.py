@@ -36,7 +36,8 @@ METHOD = {
         "Before that the device rests for as long as the run before took (0.5 s at the most), since at its power limit "
         "it lowers its clocks.",
         "All variants of a case are run in turn, after a warm-up of each by time; compilation is timed apart.",
-        "Where the quartiles lie further apart than 2 % of the median, it is run four times as often, 6 s at the most.",
+        "Where the quartiles lie further apart than 2 % of the median, it is run four times as often, 6 s at the most "
+        "(not with --quick); of what takes longer than that the warm-up counts.",
         "Each variant is checked on the same inputs first, and gets no time if it fails; docs/cli.md says by what.",
         "Clocks and power are read and never set.",
     ),
@@ -44,7 +45,8 @@ METHOD = {
         "Times are of the wall clock; the median of the runs and the quartiles are given.",
         "Before each run 256 MiB are written, so that no cache holds the inputs.",
         "All variants of a case are run in turn, after a warm-up of each.",
-        "Where the quartiles lie further apart than 2 % of the median, it is run four times as often, 6 s at the most.",
+        "Where the quartiles lie further apart than 2 % of the median, it is run four times as often, 6 s at the most "
+        "(not with --quick); of what takes longer than that the warm-up counts.",
         "Each variant is checked on the same inputs first, and gets no time if it fails; docs/cli.md says by what.",
     ),
 }

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..bench import baselines
 from ..bench.results import Report, Row
 from ..bench.run import SELECTIONS, SUITES, Options, check_options
 from ..bench.run import run as run_suites
@@ -64,11 +65,17 @@ def run(
     ] = False,
     full_attention: Annotated[
         str | None,
-        typer.Option(help="Full attention to compare with, such as cudnn,flash; or none.", show_default="all there is"),
+        typer.Option(
+            help="Full attention to compare with, such as cudnn,flash; or none. All suites but decode.",
+            show_default="all there is",
+        ),
     ] = None,
     longest_run: Annotated[
         float | None,
-        typer.Option(help="Seconds; what takes longer at the least is left out.", show_default="10, on a CPU 60"),
+        typer.Option(
+            help="operators, attention, memory: seconds; what takes longer at the least is left out.",
+            show_default="10, on a CPU 60",
+        ),
     ] = None,
     batch: Annotated[int | None, typer.Option(help="decode: sequences.", show_default="16")] = None,
     new_tokens: Annotated[int | None, typer.Option(help="decode: new tokens of each.", show_default="1")] = None,
@@ -103,6 +110,11 @@ def run(
         changes["dtype"] = _DTYPES[dtype]
     if longest_run is not None and not longest_run > 0:
         raise bad("--longest-run", "a positive number of seconds", longest_run)
+    full = () if full_attention == "none" else _names(full_attention)
+    known = [one.name for one in baselines.full_attention(where)]
+    for name in full or ():
+        if name not in known:
+            raise bad("--full-attention", f"none, or of {', '.join(known)}", repr(name))
     options = Options(
         suites=chosen,
         device=where,
@@ -114,7 +126,7 @@ def run(
         selections=selections,
         suite_options=_suite_options(changes, batch, new_tokens, page_size, models, layers),
         commit=commit,
-        full_attention=() if full_attention == "none" else _names(full_attention),
+        full_attention=full,
         longest_run_s=longest_run,
     )
     check_options(options)

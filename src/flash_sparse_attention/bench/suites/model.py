@@ -103,7 +103,7 @@ class ModelOptions:
         models: of `MODELS`.
         lengths: tokens of the sequence.
         layers: of each decoder; `fit` for as many as fit into memory, at most those of the model.
-        repeats: runs of each variant that count.
+        repeats: runs of each variant that count, at first; see `timing.Effort` for fewer and more.
         compile_layers: whether layers are compiled.
         operators: of `OPERATORS`.
         full_attention: of `cudnn` and `flash`, on a CPU of `sdpa`, those that take part; None for all.

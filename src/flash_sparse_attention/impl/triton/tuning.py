@@ -498,9 +498,10 @@ def runs_gluon() -> bool:
 
 
 def early_launch() -> dict[str, bool]:
-    """How short kernels are launched: on sm_90 while the one before still runs, for which they wait by themselves.
+    """How short kernels are launched: on sm_90 before the one before has ended, for which they wait by themselves.
 
-    CUDA calls it programmatic dependent launch. Of kernels with many programs every one would wait.
+    CUDA calls it programmatic dependent launch. They do not start before all programs of that one have ended, but
+    what comes between two kernels is done by then.
     """
     return {"EARLY": True, "launch_pdl": True} if runs_gluon() else {"EARLY": False}
 
