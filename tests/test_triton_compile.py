@@ -40,6 +40,7 @@ from flash_sparse_attention.impl.triton.ops import selected as ops
 from flash_sparse_attention.impl.triton.selected_kv_outer import (
     launch_selected_bwd_kv_outer,
     launch_selected_fwd_kv_outer,
+    takes_near_kernels,
 )
 from flash_sparse_attention.impl.triton.selected_query_outer import (
     launch_selected_dq_query_outer,
@@ -221,9 +222,15 @@ def launch_all(case: Case, total_tokens: int = 4096, num_sequences: int = 3) -> 
     tiles = tiles_of(shape)
     sizes = cu_seqlens, block_size, dim_k**-0.5
 
-    index = ops._index(shape, block_indices, total_keys, cu_seqlens, cu_seqlens_k, block_size, WORKSPACE_MIB)
+    split = takes_near_kernels(tiles.kv_outer_forward, q, k, v)
+    bounds = cu_seqlens, cu_seqlens_k, block_size, WORKSPACE_MIB
+    index = ops._index(shape, block_indices, total_keys, *bounds, None, split)
     selection = q, k, v, block_indices, index
     out, lse = launch_selected_fwd_kv_outer(*selection, *sizes, tiles.kv_outer_forward, cu_seqlens_k)
+    # As of an index that was kept.
+    index = replace(index, far=None, selected=None)
+    selection = q, k, v, block_indices, index
+    launch_selected_fwd_kv_outer(*selection, *sizes, tiles.kv_outer_forward, cu_seqlens_k)
     if case.near:
         near = replace(tiles.kv_outer_forward, dense_near=True, specialized=False)
         launch_selected_fwd_kv_outer(*selection, *sizes, near, cu_seqlens_k)
@@ -311,7 +318,7 @@ def compile_all(compiler: Compiler, case: Case) -> list[Compiled]:
         if case.branches:
             long = torch.empty(2 * SHORT, NUM_KV_HEADS, case.slots, dtype=torch.int32, device="meta")
             chunks = Chunks.fit(long, len(long), 3, case.block_size, 1, WORKSPACE_MIB << 20)
-            build_index(long, torch.empty(4, dtype=torch.int32, device="meta"), case.block_size, chunks)
+            build_index(long, torch.empty(4, dtype=torch.int32, device="meta"), case.block_size, chunks, None, True)
     return list(launched.values())
 
 

@@ -13,7 +13,7 @@ from flash_sparse_attention.accuracy import FULL, Case, judge
 from flash_sparse_attention.impl.triton import interval
 from flash_sparse_attention.impl.triton.compress import launch_key_bounds
 from flash_sparse_attention.impl.triton.delta import launch_shifts
-from flash_sparse_attention.impl.triton.inverted_index import Chunks, build_index
+from flash_sparse_attention.impl.triton.inverted_index import Chunks, InvertedIndex, build_index
 from flash_sparse_attention.impl.triton.measure import Problem
 from flash_sparse_attention.impl.triton.selected_kv_outer import launch_selected_fwd_kv_outer, specialized_kernels
 from flash_sparse_attention.impl.triton.tuning import SelectedShape, built_in_tiles, interval_schedule, runs_gluon
@@ -309,13 +309,13 @@ def test_near_blocks_of_any_selection(heads: int, kv_heads: int, dim: int, past:
     assert tiles.dense_near
     bounds = None if past is None else keys.cu_seqlens
     chunks = Chunks.fit(indices, len(k), layout.batch, 64, 1, 1 << 30)
-    index = build_index(indices, layout.cu_seqlens, 64, chunks, bounds)
+    indexes = [build_index(indices, layout.cu_seqlens, 64, chunks, bounds, split) for split in (True, False)]
 
-    def launch(near: bool) -> tuple[Tensor, ...]:
+    def launch(near: bool, index: InvertedIndex) -> tuple[Tensor, ...]:
         given = q, k, v, indices, index, layout.cu_seqlens, 64, dim**-0.5, replace(tiles, dense_near=near)
         return launch_selected_fwd_kv_outer(*given, bounds)
 
-    assert_same(launch(True), launch(True), launch(False), torch.bfloat16)
+    assert_same(*(launch(True, index) for index in indexes), launch(False, indexes[0]), torch.bfloat16)
 
 
 @HOPPER

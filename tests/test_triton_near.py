@@ -79,12 +79,18 @@ def attend(
     layout = case.layout
     keys = None if layout.with_past is None else layout.with_past.cu_seqlens
     chunks = Chunks.fit(indices, len(k), layout.batch, case.block_size, 1, workspace)
-    index = build_index(indices, layout.cu_seqlens, case.block_size, chunks, keys)
+    index = build_index(indices, layout.cu_seqlens, case.block_size, chunks, keys, split=True)
     tiles = built_in_tiles(SelectedShape.of(q, k, v, indices, case.block_size)).kv_outer_forward
     # So few pairs that a bucket has several segments.
     tiles = replace(tiles, dense_near=True, segment_pairs=24)
     sizes = layout.cu_seqlens, case.block_size, case.dims[0] ** -0.5
-    return launch_selected_fwd_kv_outer(q, k, v, indices, index, *sizes, tiles, keys)
+    out, lse = launch_selected_fwd_kv_outer(q, k, v, indices, index, *sizes, tiles, keys)
+    # An index that was kept does not tell far entries from near ones.
+    kept = replace(index, far=None, selected=None)
+    again = launch_selected_fwd_kv_outer(q, k, v, indices, kept, *sizes, tiles, keys)
+    assert torch.equal(out, again[0])
+    assert torch.equal(lse, again[1])
+    return out, lse
 
 
 def assert_right(case: Case, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, workspace: int = 1 << 20) -> None:

@@ -177,12 +177,17 @@ class InvertedIndex:
         place: the pair of each slot, -1 where the slot does not count, int32 `[N, Hk, T]`.
         pairs: token of each pair, int32 `[N * Hk * T]`, used as far as there are valid entries.
         bucket_ends: one past the last pair of each (chunk of tokens, bucket), int32.
+        far: the same as `place` for far entries, -1 for others; None if not asked for.
+        selected: a bit for each near block that a query selected: the first ones, then its own and those before that;
+            int32 `[N, Hk]`, None if not asked for.
     """
 
     chunks: Chunks
     place: Tensor
     pairs: Tensor
     bucket_ends: Tensor
+    far: Tensor | None = None
+    selected: Tensor | None = None
 
     def segments(self, segment_pairs: int) -> Iterator[Segments]:
         """Cuts the buckets of every chunk into segments of at most `segment_pairs` pairs."""
@@ -277,12 +282,17 @@ def mark_valid(
 
 
 def build_index(
-    block_indices: Tensor, cu_seqlens: Tensor, block_size: int, chunks: Chunks, cu_seqlens_k: Tensor | None = None
+    block_indices: Tensor,
+    cu_seqlens: Tensor,
+    block_size: int,
+    chunks: Chunks,
+    cu_seqlens_k: Tensor | None = None,
+    split: bool = False,
 ) -> InvertedIndex:
     """The inverted index of a selection int32 `[N, Hk, T]` of any content.
 
     `cu_seqlens` bounds the queries, and `cu_seqlens_k` the tokens, of which the last ones of a sequence have queries;
-    None where all have.
+    None where all have. With `split` it tells far entries from near ones.
     """
     total_tokens, num_kv_heads, slots = block_indices.shape
     new: dict[str, Any] = {"dtype": torch.int32, "device": block_indices.device}
@@ -299,13 +309,14 @@ def build_index(
     )
     bucket_ends = torch.cumsum(totals, 0, dtype=torch.int32)
     pairs = torch.empty(block_indices.numel(), **new)
+    far, selected = (torch.empty_like(place), place.new_empty(place.shape[:2])) if split else (None, None)
     _scatter_pairs_kernel[(triton.cdiv(total_tokens, chunks.tokens_per_run), num_kv_heads)](
-        block_indices, cu_seqlens, cu_seqlens_k, place, counts, bucket_ends, bucket_ends.numel(), pairs,
-        total_tokens, cu_seqlens.numel() - 1, chunks.num_blocks, chunks.runs, chunks.tokens_per_run,
+        block_indices, cu_seqlens, cu_seqlens_k, place, counts, bucket_ends, bucket_ends.numel(), pairs, far,
+        selected, total_tokens, cu_seqlens.numel() - 1, chunks.num_blocks, chunks.runs, chunks.tokens_per_run,
         num_kv_heads, slots, padded(slots, 1), block_size, tokens_per_step(slots, total_tokens), START_BLOCKS,
         num_warps=1, **early_launch(),
     )  # fmt: skip
-    return InvertedIndex(chunks, place, pairs, bucket_ends)
+    return InvertedIndex(chunks, place, pairs, bucket_ends, far, selected)
 
 
 def _count_pairs(
@@ -331,13 +342,13 @@ def _count_pairs(
 def _buckets(
     block, token, head, cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, num_blocks, BLOCK_SIZE: tl.constexpr
 ):  # fmt: skip
-    """Bucket of each entry, and whether its block exists and is not in the future."""
+    """Bucket of each entry, whether its block exists and is not in the future, and the block of its query."""
     sequence = sequence_of(token, cu_seqlens_ptr, num_sequences, 0)
     start = tl.load(bounds_of_keys(cu_seqlens_ptr, cu_seqlens_k_ptr) + sequence)
     ahead = keys_ahead(sequence, cu_seqlens_ptr, cu_seqlens_k_ptr)
     # geometry.num_eligible_blocks
-    eligible = (block >= 0) & (block <= (token + ahead - start) // BLOCK_SIZE)
-    return head * num_blocks + start // BLOCK_SIZE + sequence + block, eligible
+    own = (token + ahead - start) // BLOCK_SIZE
+    return head * num_blocks + start // BLOCK_SIZE + sequence + block, (block >= 0) & (block <= own), own
 
 
 @triton.jit(do_not_specialize=["total_tokens", "num_sequences", "num_blocks", "tokens_per_run"])
@@ -374,7 +385,7 @@ def _count_pairs_kernel(
     row = (token.to(tl.int64) * HEADS + head) * SLOTS
     block = tl.load(block_indices_ptr + row[:, None] + slot, mask=mask, other=-1)  # [TOKENS, SLOTS]
     token = tl.minimum(token, total_tokens - 1)[:, None]
-    bucket, valid = _buckets(
+    bucket, valid, _ = _buckets(
         block, token, head, cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, num_blocks, BLOCK_SIZE
     )
     for i in range(SLOTS - 1):
@@ -409,6 +420,22 @@ def _start_runs_kernel(
         tl.store(counters, start[None, :] + tl.cumsum(count, 0) - count, mask=there)
         start += tl.sum(count, 0)
     tl.store(total_ptr + chunk * buckets + bucket, start, mask=mask)
+
+
+@triton.jit
+def is_near(block, own):
+    """Which entries are near, of those that count; `own` is the block of the query itself. Shapes broadcast.
+
+    The newest ones are those from geometry.first_local_block on.
+    """
+    return (block < NEAR_INIT) | (block > own - NEAR_LOCAL)
+
+
+@triton.jit
+def near_bits(block, own, mask):
+    """A bit for each near entry, which says which of the near blocks it is; see `InvertedIndex.selected`."""
+    number = tl.where(block < NEAR_INIT, block, NEAR_INIT + own - block)
+    return tl.where(mask, 1 << tl.where(mask, number, 0), 0)
 
 
 @triton.jit
@@ -456,6 +483,8 @@ def _scatter_pairs_kernel(
     bucket_end_ptr,
     num_ends,
     pairs_ptr,
+    far_ptr,
+    selected_ptr,
     total_tokens,
     num_sequences,
     num_blocks,
@@ -473,7 +502,8 @@ def _scatter_pairs_kernel(
 
     Grid: (run of all tokens, kv head).
     Owns: the pairs and places of the run, and its counters, which nobody else touches; and a share of `pairs` as far as
-        it is behind all pairs: zeros, so that an index that is saved has nothing undefined in it.
+        it is behind all pairs: zeros, so that an index that is saved has nothing undefined in it. With `far_ptr`, also
+        what `InvertedIndex` says of far and of near entries.
     Invariant: after n steps of the first loop, the counters of the first n tiles of blocks are places among all pairs.
         After a step of the second, each counter of the run stands behind the pairs written so far.
     """
@@ -497,11 +527,11 @@ def _scatter_pairs_kernel(
     end = tl.minimum(begin + tokens_per_run, total_tokens)
     token = begin + entry // SLOTS_PADDED
     block_next, place_next = _entries(block_indices_ptr, place_ptr, token, slot, end, head, HEADS, SLOTS)
-    for _ in range(begin, end, TOKENS):
+    for first in range(begin, end, TOKENS):
         # Loaded one step ahead, as a step is shorter than the way to memory.
         block, valid = block_next, place_next == 0
         block_next, place_next = _entries(block_indices_ptr, place_ptr, token + TOKENS, slot, end, head, HEADS, SLOTS)
-        bucket, _ = _buckets(
+        bucket, _, own = _buckets(
             block, tl.minimum(token, total_tokens - 1), head,
             cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, num_blocks, BLOCK_SIZE,
         )  # fmt: skip
@@ -513,7 +543,14 @@ def _scatter_pairs_kernel(
             at += before
             last = valid & (behind == 0)
         tl.store(pairs_ptr + at, token, mask=valid)
-        tl.store(place_ptr + (token.to(tl.int64) * HEADS + head) * SLOTS + slot, at, mask=valid)
+        offs = (token.to(tl.int64) * HEADS + head) * SLOTS + slot
+        tl.store(place_ptr + offs, at, mask=valid)
+        if far_ptr is not None:
+            near = is_near(block, own)
+            tl.store(far_ptr + offs, tl.where(valid & ~near, at, -1), mask=(token < end) & (slot < SLOTS))
+            bits = tl.reshape(near_bits(block, own, valid & near), (TOKENS, SLOTS_PADDED))
+            query = first + tl.arange(0, TOKENS)
+            tl.store(selected_ptr + query.to(tl.int64) * HEADS + head, tl.sum(bits, 1), mask=query < end)
         # The reads of this step come before its writes, and these before the reads of the next one.
         tl.debug_barrier()
         tl.store(counter_ptr + bucket, at + 1, mask=last)
@@ -547,15 +584,6 @@ def chunk_pairs(flat, bucket_end_ptr, buckets, head_chunks, token_chunks, mask):
 @triton.constexpr_function
 def _bits(number):
     return int(number).bit_length()
-
-
-@triton.jit
-def is_near(block, own):
-    """Which entries are near, of those that count; `own` is the block of the query itself. Shapes broadcast.
-
-    The newest ones are those from geometry.first_local_block on.
-    """
-    return (block < NEAR_INIT) | (block > own - NEAR_LOCAL)
 
 
 @triton.jit

@@ -65,8 +65,7 @@ def launch_selected_fwd_kv_outer(
     specialized = specialized_kernels(tiles, q, k, v)
     descriptor = specialized and specialized.tile_descriptor(partial, 1)
     far = None
-    # Tiles for Hopper count on its kernel of near blocks; the other one gains nothing there.
-    if tiles.dense_near and (specialized or not tiles.specialized):
+    if takes_near_kernels(tiles, q, k, v):
         segments = index.far_segments(tiles.segment_pairs, cu_seqlens, block_size, cu_seqlens_k)
         far = launch_near(
             q, k, v, block_indices, index, out, lse, cu_seqlens, cu_seqlens_k, block_size, softmax_scale,
@@ -94,6 +93,12 @@ def launch_selected_fwd_kv_outer(
                 )  # fmt: skip
             launch_merge(partial, partial_lse, index, out, lse, 1.0, first_head, first_token, tokens, far=far)
     return out, lse
+
+
+def takes_near_kernels(tiles: KvOuterTiles, *tensors: Tensor) -> bool:
+    """Whether the forward pass has near blocks in a kernel of their own."""
+    # Tiles for Hopper count on its kernel of near blocks; the other one gains nothing there.
+    return tiles.dense_near and (not tiles.specialized or takes_hopper_kernels(tiles, *tensors))
 
 
 def specialized_kernels(tiles: KvOuterTiles, *tensors: Tensor) -> ModuleType | None:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .inverted_index import NEAR_INIT, InvertedIndex, is_near
+from .inverted_index import InvertedIndex, is_near, near_bits
 from .primitives import (
     LN_2,
     block_bounds,
@@ -31,9 +31,7 @@ from .primitives import (
     padded_dim,
     sequence_of,
     store_rows,
-    wait_for_the_kernel_before,
 )
-from .tuning import early_launch
 
 # Rows of a tile, warps, and stages of the loop over tiles of rows; 2 stages took 1.21 ms for 0.76 (H200).
 ROWS, WARPS, STAGES = 64, 4, 1
@@ -61,12 +59,15 @@ def launch_near(
     """
     (total_tokens, num_heads, dim_k), dim_v, chunks = q.shape, v.shape[2], index.chunks
     group, num_sequences, slots = num_heads // chunks.num_kv_heads, cu_seqlens.numel() - 1, padded(chunks.slots, 1)
-    far, selected = torch.empty_like(index.place), index.place.new_empty(index.place.shape[:2])
-    tokens = max(1, SPLIT_ENTRIES // slots)
-    _split_entries_kernel[(triton.cdiv(total_tokens, tokens), chunks.num_kv_heads)](
-        block_indices, index.place, far, selected, cu_seqlens, cu_seqlens_k, total_tokens, num_sequences,
-        chunks.num_kv_heads, chunks.slots, slots, block_size, tokens, **early_launch(),
-    )  # fmt: skip
+    far, selected = index.far, index.selected
+    if far is None or selected is None:
+        # Of an index that was kept.
+        far, selected = torch.empty_like(index.place), index.place.new_empty(index.place.shape[:2])
+        tokens = max(1, SPLIT_ENTRIES // slots)
+        _split_entries_kernel[(triton.cdiv(total_tokens, tokens), chunks.num_kv_heads)](
+            block_indices, index.place, far, selected, cu_seqlens, cu_seqlens_k, total_tokens, num_sequences,
+            chunks.num_kv_heads, chunks.slots, slots, block_size, tokens,
+        )  # fmt: skip
     if specialized:
         # Not every version of Triton has what it needs.
         from . import near_hopper
@@ -101,16 +102,13 @@ def _split_entries_kernel(
     SLOTS_PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TOKENS: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """Splits the entries of a selection into far and near ones.
 
     Grid: (tile of tokens, kv head).
-    Owns: `far` and `selected` of its tokens and head: the places of far entries, -1 of others; and a bit for each of
-        the near blocks that is selected: the first ones, then the query's own and those before that.
+    Owns: what `InvertedIndex` calls `far` and `selected`, of its tokens and head.
     Invariant: no loop.
     """
-    wait_for_the_kernel_before(EARLY)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     mask = token < total_tokens
     slot = tl.arange(0, SLOTS_PADDED)[None, :]
@@ -125,10 +123,7 @@ def _split_entries_kernel(
     own = (token + keys_ahead(sequence, cu_seqlens_ptr, cu_seqlens_k_ptr) - start)[:, None] // BLOCK_SIZE
     near = is_near(block, own)
     tl.store(far_ptr + at, tl.where(near, -1, place), mask=mask_slots)
-    near = near & (place >= 0)
-    number = tl.where(block < NEAR_INIT, block, NEAR_INIT + own - block)
-    bits = tl.sum(tl.where(near, 1 << tl.where(near, number, 0), 0), 1)
-    tl.store(selected_ptr + row, bits, mask=mask)
+    tl.store(selected_ptr + row, tl.sum(near_bits(block, own, near & (place >= 0)), 1), mask=mask)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from ....validation import bad
 from ..delta import launch_shifts, shift_bytes
 from ..inverted_index import Chunks, InvertedIndex, build_index, mark_valid
 from ..primitives import dense_rows, on_its_device
-from ..selected_kv_outer import launch_selected_bwd_kv_outer, launch_selected_fwd_kv_outer
+from ..selected_kv_outer import launch_selected_bwd_kv_outer, launch_selected_fwd_kv_outer, takes_near_kernels
 from ..selected_query_outer import launch_selected_dq_query_outer, launch_selected_fwd_query_outer
 from ..tuning import SelectedShape, loop_order_of, tiles_of
 from .interval import query_and_key_bounds
@@ -102,7 +102,9 @@ def attend_selected(
             q, k, v, block_indices, place, cu_seqlens, block_size, softmax_scale, tiles.query_outer, cu_seqlens_k
         )
         return out, lse, *nothing(q)
-    index = _index(shape, block_indices, k.shape[0], cu_seqlens, cu_seqlens_k, block_size, workspace_mib, saved)
+    split = takes_near_kernels(tiles.kv_outer_forward, q, k, v)
+    sizes = block_size, workspace_mib
+    index = _index(shape, block_indices, k.shape[0], cu_seqlens, cu_seqlens_k, *sizes, saved, split)
     out, lse = launch_selected_fwd_kv_outer(
         q, k, v, block_indices, index, cu_seqlens, block_size, softmax_scale, tiles.kv_outer_forward, cu_seqlens_k
     )
@@ -225,12 +227,13 @@ def _index(
     block_size: int,
     workspace_mib: int,
     saved: tuple[Tensor, Tensor, Tensor] | None = None,
+    split: bool = False,
 ) -> InvertedIndex:
-    """The inverted index: the one that was saved, or built."""
+    """The inverted index: the one that was saved, or built, with `split` as that of `build_index`."""
     chunks = chunks_of(shape, block_indices, total_keys, cu_seqlens, workspace_mib)
     if saved is not None and saved[0].numel() > 0:
         return InvertedIndex(chunks, *saved)
-    return build_index(block_indices, cu_seqlens, block_size, chunks, cu_seqlens_k)
+    return build_index(block_indices, cu_seqlens, block_size, chunks, cu_seqlens_k, split)
 
 
 def nothing(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
