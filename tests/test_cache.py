@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from typing import Any
 
 import pytest
@@ -737,3 +739,16 @@ def test_pages_that_overlap_or_are_missing(layer: NativeSparseAttention):
 def test_caches_that_cannot_be(layer: NativeSparseAttention, options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         layer.new_cache(1, **options)
+
+
+def test_memory_is_free_when_the_cache_is_dropped():
+    layer = layer_of(CONFIGS["fsa"])
+    cache = layer.new_cache(2, capacity=None)
+    read(layer, torch.randn(40, HIDDEN, dtype=torch.float64), (30, 10), [20], cache)
+    kept = [weakref.ref(x) for x in (cache, cache.layers[0], *cache.layers[0].pools(), cache.seq_lens)]
+    gc.disable()
+    try:
+        del cache
+        assert [ref() for ref in kept] == [None] * len(kept)
+    finally:
+        gc.enable()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -415,3 +417,17 @@ def test_a_failed_step_can_be_repeated(monkeypatch: pytest.MonkeyPatch):
                 model(ids[:, 20:], past_key_values=cache)
         assert cache.get_seq_length() == 20
         close(model(ids[:, 20:], past_key_values=cache).logits, expected[:, 20:])
+
+
+def test_memory_is_free_when_a_cache_is_dropped():
+    model, cache = sparse_model(), DynamicCache()
+    with torch.no_grad():
+        model(tokens_of(2, 20), past_key_values=cache)
+    [caches] = {layer.caches for layer in cache.layers}
+    kept = [weakref.ref(x) for layer in range(len(cache.layers)) for x in caches.of_layer(layer).pools()]
+    gc.disable()
+    try:
+        del cache, caches
+        assert [ref() for ref in kept] == [None] * len(kept)
+    finally:
+        gc.enable()

@@ -104,6 +104,44 @@ class Step:
         return self.memory["layout"]
 
 
+@dataclass(eq=False)
+class Shared:
+    """What the layers of a cache have in common.
+
+    Layers know this, not the cache: memory is free when the last name of the cache is gone, not when Python next looks
+    for cycles.
+
+    Attributes:
+        config, dtype, rotary, max_crop: as `NSACache` was given them.
+        paged, growing: of which kind it is.
+        seq_lens, page_table: as `NSACache` has them.
+        step: the tokens that are being appended, or None.
+    """
+
+    config: NSAConfig
+    dtype: torch.dtype
+    rotary: bool
+    max_crop: int | None
+    paged: bool
+    growing: bool
+    seq_lens: Tensor
+    page_table: Tensor
+    step: Step | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Of all tensors."""
+        return self.seq_lens.device
+
+    def capturing(self) -> bool:
+        """Whether a CUDA graph is being captured: nothing is computed, and nothing of the device is known."""
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def tail_rows(self) -> int | None:
+        """Rows of the tail of a page: what windows that are not full need, and what may be taken back."""
+        return None if self.max_crop is None else self.config.kernel_size + self.max_crop
+
+
 class NSACache:
     """Keys and values of a batch of sequences, which may differ in length, for all layers of a model.
 
@@ -183,15 +221,17 @@ class NSACache:
             check_positive("max_crop", max_crop, 0)
         if dtype not in FLOAT_DTYPES:
             raise bad("dtype", "a floating dtype", dtype)
-        self.config, self.batch, self.dtype, self.max_crop = config, batch, dtype, max_crop
-        self.paged, self.growing = page_size is not None, page_size is None and capacity is None
-        self.rotary = rotary
+        paged, growing = page_size is not None, page_size is None and capacity is None
+        # Its tensors are made when their sizes are known.
+        none = torch.empty(0, dtype=torch.int32, device=device)
+        self._shared = Shared(config, dtype, rotary, max_crop, paged, growing, none, none)
+        self.config, self.batch, self.paged = config, batch, paged
         if page_size is None:
             if pools is not None or num_pages is not None:
                 raise bad("page_size", "given with pools or num_pages", None)
             wanted = FIRST_CAPACITY if capacity is None else check_positive("capacity", capacity)
             # A growing cache never has a tail that is shorter than it will be.
-            tail = (self._tail_rows() or 1) if capacity is None else 1
+            tail = (self._shared.tail_rows() or 1) if capacity is None else 1
             page_size = _whole(max(wanted, tail), config.block_size)
             num_pages, columns = batch, 1
         else:
@@ -204,8 +244,8 @@ class NSACache:
             wanted = most if capacity is None else check_positive("capacity", capacity)
             columns = -(-min(wanted, most) // page_size)
         self.page_size = page_size
-        self.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.page_table = torch.full((batch, columns), -1, dtype=torch.int32, device=device)
+        self._shared.seq_lens = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._shared.page_table = torch.full((batch, columns), -1, dtype=torch.int32, device=device)
         if not self.paged:
             torch.arange(batch, out=self.page_table[:, 0])
         self._pages: list[list[int]] = [[] if self.paged else [b] for b in range(batch)]
@@ -216,18 +256,33 @@ class NSACache:
         # Sequences whose tail a failed step has written over.
         self._lost: set[int] = set()
         self._limit = columns * page_size if self.paged or capacity is None else capacity
-        self._step: Step | None = None
         if pools is not None and len(pools) != num_layers:
             raise bad("pools", f"one pair for each of num_layers={num_layers}", len(pools))
-        shape = num_pages, num_kv_heads, head_dim, head_dim_v
+        shape = num_pages, page_size, num_kv_heads, head_dim, head_dim_v
         self.layers = [
-            LayerCache(self, index, *shape, pools[index] if pools is not None else None) for index in range(num_layers)
+            LayerCache(self._shared, index, *shape, pools[index] if pools is not None else None)
+            for index in range(num_layers)
         ]
 
     @property
     def device(self) -> torch.device:
         """Of all tensors."""
-        return self.seq_lens.device
+        return self._shared.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return self._shared.dtype
+
+    @property
+    def seq_lens(self) -> Tensor:
+        """Tokens of each sequence, on the device."""
+        return self._shared.seq_lens
+
+    @property
+    def page_table(self) -> Tensor:
+        """Pages of each sequence."""
+        return self._shared.page_table
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -265,15 +320,15 @@ class NSACache:
         if layout.device != self.device:
             raise bad("layout", f"on the device of the cache ({self.device})", layout.device)
         capturing = self.capturing()
-        if capturing and self.growing:
+        if capturing and self._shared.growing:
             raise bad("capacity", "given for a cache of which graphs are captured", None, "growing moves its tensors")
         lengths = [past + new for past, new in zip(self._lengths, layout.lengths, strict=True)]
         if not capturing:
             self._make_room(lengths)
         saved = None if capturing else self.seq_lens.clone()
         try:
-            self._step = self._step_of(layout, capturing)
-            yield self._step
+            step = self._shared.step = self._step_of(layout, capturing)
+            yield step
         except BaseException:
             if saved is not None:
                 self.seq_lens.copy_(saved)
@@ -288,11 +343,11 @@ class NSACache:
                 self._note_written(lengths)
                 self._lengths = lengths
         finally:
-            self._step = None
+            self._shared.step = None
 
     def capturing(self) -> bool:
         """Whether a CUDA graph is being captured: nothing is computed, and nothing of the device is known."""
-        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        return self._shared.capturing()
 
     def replayed(self, tokens: int = 1) -> None:
         """Tells the host that a CUDA graph appended so many tokens to each sequence. Call it before the replay.
@@ -324,7 +379,7 @@ class NSACache:
         shorter = [min(new, old) for new, old in zip(lengths, self._lengths, strict=True)]
         for b, (new, old) in enumerate(zip(shorter, self._lengths, strict=True)):
             if new != old and not self._tail_reaches(self._pages[b], new):
-                cure = f"make the cache with a larger max_crop than {self.max_crop}"
+                cure = f"make the cache with a larger max_crop than {self._shared.max_crop}"
                 raise bad(f"lengths[{b}]", "0, or a length that the tail reaches back to", new, cure)
         self._lost -= {b for b, length in enumerate(shorter) if length == 0}
         self._set_lengths(shorter)
@@ -371,8 +426,8 @@ class NSACache:
             vars(layer).update(tensors)
         self.batch = len(numbers)
         self._pages = [[b] for b in range(self.batch)]
-        self.page_table = torch.arange(self.batch, dtype=torch.int32, device=self.device)[:, None]
-        self.seq_lens = self.seq_lens[index]
+        self._shared.page_table = torch.arange(self.batch, dtype=torch.int32, device=self.device)[:, None]
+        self._shared.seq_lens = self.seq_lens[index]
         self._written = {b: self._written.get(x, 0) for b, x in enumerate(numbers)}
         self._lost = {b for b, x in enumerate(numbers) if x in self._lost}
         self._lengths = [self._lengths[x] for x in numbers]
@@ -417,7 +472,7 @@ class NSACache:
 
     def _check_idle(self) -> None:
         """No step is under way."""
-        if self._step is not None:
+        if self._shared.step is not None:
             raise bad("extend", "left before the cache is changed or extended again", "still active")
 
     def _check_pages(self, pages: list[list[int]], lengths: Sequence[int]) -> dict[int, list[int]]:
@@ -447,9 +502,9 @@ class NSACache:
         """Sequences of these lengths have room, and pages."""
         for b, (length, past) in enumerate(zip(lengths, self._lengths, strict=True)):
             if length > past and b in self._lost:
-                cure = f"crop it to 0: a step of more than max_crop={self.max_crop} tokens failed"
+                cure = f"crop it to 0: a step of more than max_crop={self._shared.max_crop} tokens failed"
                 raise bad(f"sequence {b}", "whole", "without what its next window needs", cure)
-            if length > self._limit and not self.growing:
+            if length > self._limit and not self._shared.growing:
                 cure = "crop it, or make a larger cache"
                 raise bad(f"sequence {b}", f"of at most capacity={self._limit} tokens", length, cure)
             needed = -(-length // self.page_size)
@@ -458,7 +513,7 @@ class NSACache:
                     got = f"{len(self._pages[b])} pages for {length} tokens"
                     raise bad(f"sequence {b}", f"of {needed} pages", got, "give it more by set_pages")
                 self._check_owners(self._pages[b][past // self.page_size : needed], self._users)
-        if self.growing and max(lengths) > self._limit:
+        if self._shared.growing and max(lengths) > self._limit:
             self._grow(max(lengths))
 
     def _grow(self, tokens: int) -> None:
@@ -483,10 +538,6 @@ class NSACache:
                 # A page whose first row is written holds nothing else.
                 before = 0 if past <= begin else self._written.get(page, 0)
                 self._written[page] = max(before, min(new - begin, self.page_size))
-
-    def _tail_rows(self) -> int | None:
-        """Rows of the tail of a page: what windows that are not full need, and what may be taken back."""
-        return None if self.max_crop is None else self.config.kernel_size + self.max_crop
 
     def _tail_reaches(self, pages: Sequence[int], length: int) -> bool:
         """Whether the tails of the pages hold what windows need that become full behind token `length`."""
@@ -584,7 +635,7 @@ class LayerCache:
     """What one layer keeps. Made by `NSACache`.
 
     Attributes:
-        cache: the cache that it belongs to.
+        shared: what all layers of the cache have in common.
         index: of the layer.
         k: rotated keys of the selected branch `[P, page_size, Hk, Dk]`; and so are the others.
         tail_rows: tokens of a page that the tail keeps.
@@ -593,50 +644,51 @@ class LayerCache:
 
     def __init__(
         self,
-        cache: NSACache,
+        shared: Shared,
         index: int,
         num_pages: int,
+        page_size: int,
         num_kv_heads: int,
         head_dim: int,
         head_dim_v: int,
         pools: tuple[Tensor, Tensor] | None,
     ) -> None:
-        self.cache, self.index = cache, index
-        config, size = cache.config, cache.page_size
+        self.shared, self.index = shared, index
+        config, size = shared.config, page_size
 
         def pool(rows: int, dim: int) -> Tensor:
-            return torch.zeros(num_pages, rows, num_kv_heads, dim, device=cache.device, dtype=cache.dtype)
+            return torch.zeros(num_pages, rows, num_kv_heads, dim, device=shared.device, dtype=shared.dtype)
 
         if pools is None:
             self.k, self.v = pool(size, head_dim), pool(size, head_dim_v)
         else:
             for name, value, dim in zip(("k", "v"), pools, (head_dim, head_dim_v), strict=True):
-                _check_pool(f"pools[{index}].{name}", value, (num_pages, size, num_kv_heads, dim), cache)
+                _check_pool(f"pools[{index}].{name}", value, (num_pages, size, num_kv_heads, dim), shared)
             self.k, self.v = pools
-        shared = config.branch_kv == "shared"
-        self.k_window = self.k if shared else pool(size, head_dim)
-        self.v_window = self.v if shared else pool(size, head_dim_v)
+        one = config.branch_kv == "shared"
+        self.k_window = self.k if one else pool(size, head_dim)
+        self.v_window = self.v if one else pool(size, head_dim_v)
         rows = size // config.kernel_stride
         self.k_compressed, self.v_compressed = pool(rows, head_dim), pool(rows, head_dim_v)
         # Where the compressors read what `k` and `v` hold, those are the tail.
-        k_is_tail = shared and (not cache.rotary or config.rope == "before")
-        self.has_tail = not (k_is_tail and shared)
-        tail = min(cache._tail_rows() or size, size) if self.has_tail else size
+        k_is_tail = one and (not shared.rotary or config.rope == "before")
+        self.has_tail = not (k_is_tail and one)
+        tail = min(shared.tail_rows() or size, size) if self.has_tail else size
         self.tail_rows = tail
         self.k_tail = self.k if k_is_tail else pool(tail, head_dim)
         # Of values that are shared, all are there, but both tails are read by the same rows.
-        v_is_tail = shared and (not self.has_tail or (tail == size and not cache.growing))
+        v_is_tail = one and (not self.has_tail or (tail == size and not shared.growing))
         self.v_tail = self.v if v_is_tail else pool(tail, head_dim_v)
 
     @property
     def pages(self) -> KVPages:
         """What attention reads, up to and including the tokens of the step."""
-        return self.pages_with(self.cache.seq_lens)
+        return self.pages_with(self.shared.seq_lens)
 
     def pages_with(self, seq_lens: Tensor) -> KVPages:
         """The pages with these lengths, int32 `[B]`."""
         tensors = self.k, self.v, self.k_window, self.v_window, self.k_compressed, self.v_compressed
-        return KVPages(*tensors, self.cache.page_table, seq_lens)
+        return KVPages(*tensors, self.shared.page_table, seq_lens)
 
     @property
     def step(self) -> Step:
@@ -645,11 +697,11 @@ class LayerCache:
         Raises:
             ValueError: outside of `NSACache.extend`.
         """
-        if self.cache._step is None:
+        if self.shared.step is None:
             raise bad(
                 "cache", "extended by the new tokens", "not", "call the layer within `with cache.extend(layout):`"
             )
-        return self.cache._step
+        return self.shared.step
 
     def append(
         self,
@@ -696,7 +748,7 @@ class LayerCache:
         impl: str,
     ) -> None:
         """Compresses windows of tokens that are in the tail or among the new ones `k` and `v`."""
-        config, pools = self.cache.config, (self.k_compressed, self.v_compressed)
+        config, pools = self.shared.config, (self.k_compressed, self.v_compressed)
         tails, chosen = (self.k_tail, self.v_tail), (windows.tail, windows.new, windows.is_new)
         both = compression_k, compression_v
         pooled = k.dtype != torch.float64 and all(one.kind in ("mean", "weighted") for one in both)
@@ -724,7 +776,7 @@ class LayerCache:
 
     def packed_compressed(self) -> tuple[Tensor, Tensor]:
         """Compressed keys and values `[M, Hk, D]`, packed by `step.layout.keys`."""
-        sizes = self.cache.config.kernel_size, self.cache.config.kernel_stride
+        sizes = self.shared.config.kernel_size, self.shared.config.kernel_stride
         counts = [geometry.num_compressed_tokens(length, *sizes) for length in self.step.lengths]
         first = geometry.newest_chunk(0, *sizes)
         k, v = (self._packed(x, counts, first) for x in (self.k_compressed, self.v_compressed))
@@ -736,7 +788,7 @@ class LayerCache:
         for b, count in enumerate(counts):
             pages = -(-(first + count) // pool.shape[1])
             # A dense cache has one page for each sequence: no copy.
-            rows = pool[self.cache.page_table[b, :pages].long()].flatten(0, 1) if self.cache.paged else pool[b]
+            rows = pool[self.shared.page_table[b, :pages].long()].flatten(0, 1) if self.shared.paged else pool[b]
             parts.append(rows[first : first + count])
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -749,8 +801,8 @@ class LayerCache:
         """Its tensors by name, moved to larger pages."""
 
         def larger(name: str, old: Tensor) -> Tensor:
-            rows = page_size // self.cache.config.kernel_stride if "compressed" in name else page_size
-            if "tail" in name and self.cache.max_crop is not None:
+            rows = page_size // self.shared.config.kernel_stride if "compressed" in name else page_size
+            if "tail" in name and self.shared.max_crop is not None:
                 rows = self.tail_rows
             new = old.new_zeros(old.shape[0], rows, *old.shape[2:])
             new[:, : old.shape[1]] = old
@@ -793,10 +845,10 @@ def _layout(lengths: Sequence[int], device: torch.device, capturing: bool) -> Se
     return SequenceLayout.from_lengths(lengths, device)
 
 
-def _check_pool(name: str, pool: Tensor, shape: tuple[int, ...], cache: NSACache) -> None:
+def _check_pool(name: str, pool: Tensor, shape: tuple[int, ...], shared: Shared) -> None:
     names = ("P", "page_size", "Hk", "D")
     check_tensor(name, pool, dict(zip(names, shape, strict=True)), FLOAT_DTYPES)
-    if pool.dtype != cache.dtype or pool.device != cache.device:
-        raise bad(name, f"{cache.dtype} on {cache.device}", f"{pool.dtype} on {pool.device}")
+    if pool.dtype != shared.dtype or pool.device != shared.device:
+        raise bad(name, f"{shared.dtype} on {shared.device}", f"{pool.dtype} on {pool.device}")
     if pool.stride(3) != 1 or (pool.shape[2] > 1 and pool.stride(2) != pool.shape[3]):
         raise bad(name, "with adjacent heads", f"strides {pool.stride()}", "[pages, tokens, heads, channels]")

@@ -383,8 +383,8 @@ class NativeSparseAttention(nn.Module):
     ) -> NSAOutput:
         """Keeps the new tokens, and attends to them and to all before."""
         step = cache.step
-        if k.selected.dtype != cache.cache.dtype:
-            raise bad("cache", f"of {k.selected.dtype}, as the keys are", cache.cache.dtype, "make it with that dtype")
+        if k.selected.dtype != cache.shared.dtype:
+            raise bad("cache", f"of {k.selected.dtype}, as the keys are", cache.shared.dtype, "make it with that dtype")
         by = None
         if step.windows is not None and self.config.rope == "after" and rotary is not None:
             by = rotary.at(step.windows.starts)
@@ -403,7 +403,7 @@ class NativeSparseAttention(nn.Module):
                 impl=self.impl,
             )
             return NSAOutput(*(x.flatten(0, 1) for x in result))
-        if cache.cache.capturing():
+        if cache.shared.capturing():
             expected = f"of one number of tokens for all sequences, at most {FEW_TOKENS}, in a CUDA graph"
             raise bad("hidden_states", expected, list(step.new_layout.lengths))
         k_all, v_all, k_window, v_window = cache.packed()
@@ -431,7 +431,7 @@ class NativeSparseAttention(nn.Module):
 
     def _check_cache(self, layout: SequenceLayout, position_ids: Tensor | None, cache: LayerCache) -> None:
         """The cache is of this layer, and is being extended by these tokens."""
-        of = cache.cache
+        of = cache.shared
         sizes = {
             "config": (of.config, self.config),
             "num_kv_heads": (cache.k.shape[2], self.num_kv_heads),

@@ -25,7 +25,7 @@ class SparseCaches:
 
     Args:
         layers: numbers of the sparse layers in the model.
-        make: (device, layers on it, sequences, capacity) -> their cache.
+        make: (device, layers on it, sequences, capacity, dtype) -> their cache.
         devices: where each of them runs.
         capacity: tokens that a sequence may have, padding counted; None to grow as needed.
 
@@ -39,7 +39,7 @@ class SparseCaches:
     def __init__(
         self,
         layers: Sequence[int],
-        make: Callable[[torch.device, Sequence[int], int, int | None], NSACache],
+        make: Callable[[torch.device, Sequence[int], int, int | None, torch.dtype | None], NSACache],
         devices: Sequence[torch.device],
         capacity: int | None,
     ) -> None:
@@ -70,7 +70,7 @@ class SparseCaches:
             raise bad("past_key_values", f"of at least {got} tokens", self.capacity, "make a longer static cache")
         for device, layers in self._places.items():
             if device not in self._caches:
-                self._caches[device] = self._make(device, layers, layout.batch, self.capacity)
+                self._caches[device] = self._make(device, layers, layout.batch, self.capacity, self.dtype)
         with contextlib.ExitStack() as stack:
             for device, cache in self._caches.items():
                 on_device = layout

@@ -163,11 +163,13 @@ class SparseDecoder(_SparseWeights):
         config, layers = self.config, self.layers
         sparse = [layers[number].self_attn for number in config.sparse_layers]
 
-        def make_one(device: torch.device, numbers: Sequence[int], batch: int, capacity: int | None) -> Any:
+        def make_one(
+            device: torch.device, numbers: Sequence[int], batch: int, capacity: int | None, dtype: torch.dtype | None
+        ) -> Any:
             first = layers[numbers[0]].self_attn
             options: dict[str, Any] = {"num_layers": len(numbers), "rotary": True, "device": device}
-            if caches.dtype is not None:
-                options["dtype"] = caches.dtype
+            if dtype is not None:
+                options["dtype"] = dtype
             return first.new_cache(batch, capacity, **options)
 
         def make(capacity: int | None) -> SparseCaches:
