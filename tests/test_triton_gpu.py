@@ -73,6 +73,35 @@ def gradients(q: Tensor, k: Tensor, v: Tensor, d_out: Tensor, indices: Tensor, *
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), d_out)]
 
 
+@HOPPER
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "block_size", "slots", "dtype", "workspace_mib"),
+    [
+        (8192, 32, 8, 64, 16, torch.bfloat16, 1024),
+        (8192, 32, 8, 64, 16, torch.bfloat16, 40),
+        (8192, 16, 4, 128, 8, torch.bfloat16, 16),
+        (3000, 16, 1, 64, 12, torch.float16, 4),
+        (3000, 4, 2, 32, 8, torch.bfloat16, 2),
+    ],
+    ids=str,
+)
+def test_kernels_that_begin_early_change_nothing(
+    tokens: int, heads: int, kv_heads: int, block_size: int, slots: int, dtype: torch.dtype, workspace_mib: int,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    from flash_sparse_attention.impl.triton import inverted_index, merge, merge_hopper, selected_kv_outer, selected_near
+
+    x = inputs(tokens, heads, kv_heads, dtype=dtype)
+    indices = random_selection(tokens, kv_heads, slots, -(-tokens // block_size), "cuda")
+    options = {"block_size": block_size, "workspace_mib": workspace_mib, "loop_order": "kv_outer"}
+    early = [gradients(*x, indices, **options) for _ in range(10)]
+    for module in (inverted_index, merge, merge_hopper, selected_kv_outer, selected_near):
+        monkeypatch.setattr(module, "early_launch", lambda: {"EARLY": False})
+    expected = gradients(*x, indices, **options)
+    for got in early:
+        assert all(map(torch.equal, got, expected))
+
+
 @pytest.mark.parametrize("loop_order", LOOP_ORDERS)
 def test_bitwise_equal_from_run_to_run_and_whatever_is_kept(loop_order: str):
     x, indices = inputs(5000), random_selection(5000, 2, 16, 79, "cuda")
@@ -290,7 +319,16 @@ def assert_same(
 @HOPPER
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(8, 2, 128), (2, 2, 128), (5, 1, 64), (32, 2, 64)], ids=str)
 @pytest.mark.parametrize("past", [None, [0, 64, 70, 1000, 3, 129]], ids=str)
-def test_near_blocks_of_any_selection(heads: int, kv_heads: int, dim: int, past: list[int] | None):
+@pytest.mark.parametrize(("processors", "pairs"), [(132, 1 << 30), (3, 4000), (40, 30_000)], ids=str)
+def test_near_blocks_of_any_selection(
+    heads: int, kv_heads: int, dim: int, past: list[int] | None, processors: int, pairs: int,
+    monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    from flash_sparse_attention.impl.triton import inverted_index, near_hopper
+
+    # Programs of many blocks, and chunks that cut heads, sequences and blocks.
+    monkeypatch.setattr(near_hopper, "multiprocessors", lambda device: processors)
+    monkeypatch.setattr(inverted_index, "MIN_CHUNK_TOKENS", 1)
     lengths, device = [700, 0, 1, 64, 1999, 130], torch.device("cuda")
     layout = SequenceLayout.from_lengths(lengths, device)
     keys = SequenceLayout.from_lengths([a + b for a, b in zip(lengths, past or [0] * 6, strict=True)], device)
@@ -308,7 +346,8 @@ def test_near_blocks_of_any_selection(heads: int, kv_heads: int, dim: int, past:
     tiles = built_in_tiles(shape).kv_outer_forward
     assert tiles.dense_near
     bounds = None if past is None else keys.cu_seqlens
-    chunks = Chunks.fit(indices, len(k), layout.batch, 64, 1, 1 << 30)
+    chunks = Chunks.fit(indices, len(k), layout.batch, 64, 1, pairs)
+    assert (chunks.token_chunks == 1) == (pairs > indices.numel() // kv_heads)
     indexes = [build_index(indices, layout.cu_seqlens, 64, chunks, bounds, split) for split in (True, False)]
 
     def launch(near: bool, index: InvertedIndex) -> tuple[Tensor, ...]:

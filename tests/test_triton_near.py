@@ -144,6 +144,46 @@ def test_chunks_that_cut_heads_sequences_and_tiles(workspace: int, monkeypatch: 
     assert_right(case, *case.draw(), workspace)
 
 
+@pytest.mark.parametrize("span", [1, 3, 8])
+def test_programs_have_each_block_with_queries_of_a_chunk_once(span: int, monkeypatch: pytest.MonkeyPatch):
+    import triton
+    from triton import language as tl
+
+    from flash_sparse_attention.impl.triton import selected_near
+
+    # Where the interpreter looks for what a kernel names.
+    monkeypatch.setitem(globals(), "tl", tl)
+    monkeypatch.setitem(globals(), "selected_near", selected_near)
+
+    @triton.jit
+    def show(to_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, first_token, tokens, span, num_sequences, SIZE: tl.constexpr):
+        program = tl.program_id(0)
+        shown = selected_near.blocks_of_chunk(
+            program, first_token, tokens, span, cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, SIZE
+        )
+        for i in tl.static_range(6):
+            tl.store(to_ptr + program * 6 + i, shown[i])
+
+    size, lengths, past = 4, [5, 0, 30, 1, 4, 12, 0], [0, 9, 3, 8, 4, 1, 2]
+    layout = SequenceLayout.from_lengths(lengths)
+    for pasts in (None, past):
+        ahead = [0] * len(lengths) if pasts is None else pasts
+        keys = SequenceLayout.from_lengths([a + b for a, b in zip(lengths, ahead, strict=True)]).cu_seqlens
+        bounds, starts = (None if pasts is None else keys), layout.cu_seqlens.tolist()
+        for first, tokens in ((0, 52), (0, 7), (7, 20), (5, 1), (27, 25), (36, 16)):
+            expected = []
+            for s, (start, length, before) in enumerate(zip(starts, lengths, ahead, strict=False)):
+                begin, end = (min(max(x, first), first + tokens) - start + before for x in (start, start + length))
+                blocks = range(begin // size, -(-end // size)) if begin < end else ()
+                expected += [(int(keys[s]), start - before + begin, begin, end, block) for block in blocks]
+            programs = selected_near._programs(tokens, span * size, layout.cu_seqlens)
+            to = torch.full((programs, 6), -1, dtype=torch.int32)
+            show[(programs,)](to, layout.cu_seqlens, bounds, first, tokens, span, len(lengths), size)
+            assert ((to[:, 5] - to[:, 4]) <= span).all()
+            got = [(*given, block) for *given, begin, end in to.tolist() for block in range(begin, end)]
+            assert sorted(got) == sorted(expected)
+
+
 def test_a_negative_softmax_scale_and_the_gradients(monkeypatch: pytest.MonkeyPatch):
     from flash_sparse_attention.impl.triton import tuning
     from flash_sparse_attention.impl.triton.ops import selected as ops

@@ -151,8 +151,8 @@ def _load_line(x_ptr, row, num_rows, other, NUM_HEADS: gl.constexpr, GROUP: gl.c
 
 @gluon.jit
 def _store_rows(x_ptr, first_row, num_rows, x, buffer, NUM_HEADS: gl.constexpr, GROUP: gl.constexpr,
-                DIM: gl.constexpr, ADD: gl.constexpr):  # fmt: skip
-    """Stores 64 (token, head of the group) rows, or adds them to what is there.
+                DIM: gl.constexpr, ADD: gl.constexpr, STAY: gl.constexpr = False):  # fmt: skip
+    """Stores 64 (token, head of the group) rows, or adds them to what is there; STAY: L2 keeps them as long as it can.
 
     They go through `buffer`, in shared memory, as matrix units leave a thread 4 bytes of each piece of a row.
     """
@@ -165,7 +165,7 @@ def _store_rows(x_ptr, first_row, num_rows, x, buffer, NUM_HEADS: gl.constexpr, 
         buffer.store(gl.load(x_ptrs, mask=mask, other=0.0))
         x += buffer.load(x.type.layout).to(gl.float32)
     buffer.store(x.to(x_ptr.dtype.element_ty))
-    gl.store(x_ptrs, buffer.load(layout), mask=mask)
+    gl.store(x_ptrs, buffer.load(layout), mask=mask, eviction_policy="evict_last" if STAY else "")
 
 
 @gluon.jit

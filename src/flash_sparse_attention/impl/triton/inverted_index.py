@@ -43,7 +43,7 @@ from .primitives import (
     pack_blocks,
     padded,
     sequence_of,
-    wait_for_the_kernel_before,
+    take_over,
 )
 from .tuning import early_launch
 
@@ -376,7 +376,7 @@ def _count_pairs_kernel(
     Owns: place[tile, head] by plain stores; counts by atomics, whose order changes nothing.
     Invariant: after n steps, entries that repeat one of the first n slots are known.
     """
-    wait_for_the_kernel_before(EARLY)
+    take_over(EARLY)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     head = tl.program_id(1)
     slot = tl.arange(0, SLOTS_PADDED)[None, :]
@@ -407,7 +407,7 @@ def _start_runs_kernel(
     Owns: the counters of its buckets in the chunk, and their totals.
     Invariant: after n steps, `start` is where the run behind the first n tiles of runs begins.
     """
-    wait_for_the_kernel_before(EARLY)
+    take_over(EARLY)
     bucket = tl.program_id(0) * BUCKETS + tl.arange(0, BUCKETS)
     chunk = tl.program_id(1).to(tl.int64)
     mask = bucket < buckets
@@ -507,7 +507,7 @@ def _scatter_pairs_kernel(
     Invariant: after n steps of the first loop, the counters of the first n tiles of blocks are places among all pairs.
         After a step of the second, each counter of the run stands behind the pairs written so far.
     """
-    wait_for_the_kernel_before(EARLY)
+    take_over(EARLY)
     run, head = tl.program_id(0), tl.program_id(1)
     buckets = HEADS * num_blocks
     counter_ptr += run.to(tl.int64) * buckets
@@ -662,7 +662,7 @@ def _count_segments_kernel(
     Owns: their counts, of the segments of each class and of those of buckets that are cut; see `Segments`.
     Invariant: after n steps, the counts of the first n classes are written.
     """
-    wait_for_the_kernel_before(EARLY)
+    take_over(EARLY)
     flat = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = flat < num_flat
     _, begin, end, _ = _pairs_to_cut(
@@ -711,7 +711,7 @@ def _fill_segments_kernel(
     Owns: their rows of the table.
     Invariant: after n steps, the first n segments of each are written.
     """
-    wait_for_the_kernel_before(EARLY)
+    take_over(EARLY)
     flat = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = flat < num_flat
     bucket, begin, end, first_of_chunk = _pairs_to_cut(

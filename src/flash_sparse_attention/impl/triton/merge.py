@@ -7,8 +7,17 @@ import triton.language as tl
 from torch import Tensor
 
 from .inverted_index import InvertedIndex
-from .primitives import LN_2, LOG2_E, finite_maximum, load_rows, padded, padded_dim, store_rows
-from .tuning import has_hopper_kernels, runs_gluon
+from .primitives import (
+    LN_2,
+    LOG2_E,
+    finite_maximum,
+    load_rows,
+    padded,
+    padded_dim,
+    store_rows,
+    wait_for_the_kernel_before,
+)
+from .tuning import early_launch, has_hopper_kernels, runs_gluon
 
 # Elements that a program of one warp holds. All of its loads are in flight at once: at 65,536 tokens of 32/8 heads on
 # an H200 one row by 16 slots with one warp took 2.25 ms, with two warps 3.9, rows that loop over their slots 3.5.
@@ -53,7 +62,7 @@ def launch_merge(
         index.place if far is None else far, index.bucket_ends,
         out, out if lse is None else lse, first_row, first_token, first_head, tokens, chunks.heads * group, scale,
         num_heads, group, chunks.slots, padded(chunks.slots, 1), parts,
-        dim, partial_lse is not None, far is not None, rows, tile, num_warps=1,
+        dim, partial_lse is not None, far is not None, rows, tile, num_warps=1, **early_launch(),
     )  # fmt: skip
 
 
@@ -101,6 +110,7 @@ def _merge_slots_kernel(
     ADD: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Sums the partial results of each row, a (token, query head), over its valid slots; ADD: and what it has already.
 
@@ -108,6 +118,7 @@ def _merge_slots_kernel(
     Owns: out[row] and lse[row], by plain stores.
     Invariant: after n steps, `total` is the weighted sum of the valid ones among the first n tiles of slots.
     """
+    wait_for_the_kernel_before(EARLY)
     PADDED: tl.constexpr = padded_dim(DIM)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = row < tokens.to(tl.int64) * chunk_heads

@@ -14,9 +14,6 @@ Written in Gluon, as `selected_hopper` is.
 
 from __future__ import annotations
 
-import functools
-
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -24,8 +21,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier
 
 from .inverted_index import InvertedIndex
-from .primitives import LN_2, LOG2_E, finite_maximum, padded
+from .primitives import LN_2, LOG2_E, finite_maximum, multiprocessors, padded, take_over
 from .selected_hopper import BARRIER, LINE, WARPS, _by_16_bytes, _copy_rows
+from .tuning import early_launch
 
 # Of one slot of a tile of rows, of which a thread has 16 bytes.
 SLOT_BYTES = 32 * WARPS.value * 16
@@ -39,8 +37,6 @@ OPTIONS = {"num_warps": 4, "maxnreg": 96}
 PRODUCER = gl.constexpr(72)
 LINES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 SLABS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
-# Multiprocessors where there is no device to ask, as when kernels are compiled alone: those of an H200.
-MULTIPROCESSORS = 132
 
 
 def launch_merge_hopper(
@@ -63,18 +59,12 @@ def launch_merge_hopper(
     step = min(sizes, key=lambda size: triton.cdiv(chunks.slots, size) * size)
     stages = min(max(2, RING_BYTES // (step * SLOT_BYTES)), MOST_STAGES)
     tiles = triton.cdiv(tokens * chunks.heads * group * dim * out.element_size(), SLOT_BYTES)
-    _merge_slots_hopper_kernel[(min(tiles, PROGRAMS * _multiprocessors(out.device)),)](
+    _merge_slots_hopper_kernel[(min(tiles, PROGRAMS * multiprocessors(out.device)),)](
         partial, partial_lse, index.place if far is None else far, index.bucket_ends, out, lse,
         first_row, first_token, first_head, tokens, chunks.heads * group,
-        num_heads, group, chunks.slots, padded(chunks.slots, 1), dim, far is not None, step, stages, **OPTIONS,
+        num_heads, group, chunks.slots, padded(chunks.slots, 1), dim, far is not None, step, stages,
+        **OPTIONS, **early_launch(),
     )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=64)
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return MULTIPROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.constexpr_function
@@ -109,7 +99,7 @@ def _copy_places(place_s, tile, place_ptr, num_rows, first, chunk_heads, NUM_HEA
 def _produce(partial_ptr, partial_lse_ptr, place_ptr, out_ptr, lse_ptr, x_s, own_s, place_s, lse_s, own_lse_s, full,
              empty, program, programs, tiles, num_rows, first, first_pair, chunk_heads, NUM_HEADS: gl.constexpr,
              GROUP: gl.constexpr, SLOTS: gl.constexpr, DIM: gl.constexpr, ADD: gl.constexpr, STEP: gl.constexpr,
-             STAGES: gl.constexpr, AHEAD: gl.constexpr):  # fmt: skip
+             STAGES: gl.constexpr, AHEAD: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
     """Fills the rings.
 
     Invariant: after n steps, all of n tiles was asked for, and the places of AHEAD more.
@@ -128,6 +118,8 @@ def _produce(partial_ptr, partial_lse_ptr, place_ptr, out_ptr, lse_ptr, x_s, own
     for i in range(0, AHEAD):
         _copy_places(place_s.index(i), program + i * programs, place_ptr, num_rows, first, chunk_heads,
                      NUM_HEADS, GROUP, SLOTS, ROWS, lines)  # fmt: skip
+    # The kernel before has nothing to do with places.
+    take_over(EARLY)
     for i in range(0, tiles):
         tile, at_place, at_lse = program + i * programs, i % PLACES, i % HELD
         async_copy.wait_group(AHEAD - 1)
@@ -168,8 +160,9 @@ def _load_lse(lse_lines, place_lines, first_lse, first_place, SLOT: gl.constexpr
 @gluon.jit
 def _consume(out_ptr, lse_ptr, x_s, own_s, place_s, lse_s, own_lse_s, full, empty, program, programs, tiles, num_rows,
              first, chunk_heads, NUM_HEADS: gl.constexpr, SLOTS: gl.constexpr, DIM: gl.constexpr, ADD: gl.constexpr,
-             STEP: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+             STEP: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
     """Merges the slots of each row."""
+    take_over(EARLY)
     ROWS: gl.constexpr = x_s.shape[1]
     PLACES: gl.constexpr = place_s.shape[0]
     HELD: gl.constexpr = lse_s.shape[0]
@@ -240,6 +233,7 @@ def _merge_slots_hopper_kernel(
     ADD: gl.constexpr,
     STEP: gl.constexpr,
     STAGES: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
     """What `_merge_slots_kernel` computes of softmaxes.
 
@@ -274,12 +268,12 @@ def _merge_slots_hopper_kernel(
         [
             (_consume, (
                 out_ptr, lse_ptr, x_s, own_s, place_s, lse_s, own_lse_s, full, empty, program, programs, tiles,
-                num_rows, first, chunk_heads, NUM_HEADS, SLOTS, DIM, ADD, STEP, STAGES,
+                num_rows, first, chunk_heads, NUM_HEADS, SLOTS, DIM, ADD, STEP, STAGES, EARLY,
             )),
             (_produce, (
                 partial_ptr, partial_lse_ptr, place_ptr, out_ptr, lse_ptr, x_s, own_s, place_s, lse_s, own_lse_s, full,
                 empty, program, programs, tiles, num_rows, first, first_pair, chunk_heads,
-                NUM_HEADS, GROUP, SLOTS, DIM, ADD, STEP, STAGES, AHEAD,
+                NUM_HEADS, GROUP, SLOTS, DIM, ADD, STEP, STAGES, AHEAD, EARLY,
             )),
         ],
         [WARPS],

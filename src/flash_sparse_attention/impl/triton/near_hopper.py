@@ -12,6 +12,8 @@ Written in Gluon, as `selected_hopper` is.
 
 from __future__ import annotations
 
+import torch
+import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -23,14 +25,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .interval_hopper import _copy_tile, _store_rows
-from .primitives import LN_2, LOG2_E, bounds_of_keys, finite_maximum, past_of, tile_of_rows
+from .primitives import LN_2, LOG2_E, finite_maximum, multiprocessors, take_over
 from .selected_hopper import BARRIER, EDGE, LINE, TILE, WARPS, _by_16_bytes, _copy_rows
+from .selected_near import blocks_of_chunk
 
-# Blocks of a program, places of the ring of blocks, and tiles of the ring of rows. H200, 65,536 tokens, 32/8 heads of
-# 128, ms: 0.51 so, 4 blocks 0.55, 16 blocks 0.51 (at 8,192 tokens 0.068 so, 16 blocks 0.12).
-SPAN, PLACES, STAGES = 8, gl.constexpr(3), gl.constexpr(3)
+# Blocks of a program at most; heads of a group, each of which has a tile of rows of a block, that one program has at
+# most, and that programs have which share a block; places of the ring of blocks, and tiles of the ring of rows.
+MOST_BLOCKS, MOST_TILES, SHARED_TILES, PLACES, STAGES = 8, 8, 4, gl.constexpr(3), gl.constexpr(3)
 OPTIONS = {"num_warps": 4, "maxnreg": 168}
 CONSUMER, PRODUCER = gl.constexpr(208), gl.constexpr(88)
+
+
+def programs_of_chunk(blocks: int, group: int, device: torch.device) -> tuple[int, int]:
+    """Blocks of a program, and tiles of the rows of each, such that a chunk of so many blocks is done at once."""
+    tiles = SHARED_TILES if group > MOST_TILES and group % SHARED_TILES == 0 else group
+    programs = triton.cdiv(blocks * (group // tiles), multiprocessors(device))
+    return max(1, min(programs, MOST_BLOCKS)), tiles
 
 
 @gluon.jit
@@ -44,8 +54,9 @@ def _copy_block(k_s, v_s, place, full, k_ptr, v_ptr, block, last_key, STRIDE_K: 
 
 @gluon.jit
 def _produce(q_ptr, k_ptr, v_ptr, selected_ptr, q_s, k_s, v_s, selected_s, full, empty, keys_full, keys_empty,
-             first_block, blocks, last_key, past, num_rows, STRIDE_Q: gl.constexpr, STRIDE_K: gl.constexpr,
-             STRIDE_V: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr, DIM: gl.constexpr):  # fmt: skip
+             first_block, blocks, first_tile, last_key, past, num_rows, STRIDE_Q: gl.constexpr, STRIDE_K: gl.constexpr,
+             STRIDE_V: gl.constexpr, HEADS: gl.constexpr, GROUP: gl.constexpr, TILES: gl.constexpr,
+             DIM: gl.constexpr):  # fmt: skip
     """Fills both rings; rows that are not there hold others.
 
     Invariant: after n steps, n + 1 blocks beside the first one were asked for, and the rows of n.
@@ -61,10 +72,10 @@ def _produce(q_ptr, k_ptr, v_ptr, selected_ptr, q_s, k_s, v_s, selected_s, full,
         place = (i + 1) % PLACES
         mbarrier.wait(keys_empty.index(place), (((i + 1) // PLACES) & 1) ^ 1)
         _copy_block(k_s, v_s, place, keys_full, k_ptr, v_ptr, block, last_key, STRIDE_K, STRIDE_V, DIM)
-        for j in range(0, GROUP):
-            tile = i * GROUP + j
+        for j in range(0, TILES):
+            tile = i * TILES + j
             stage = tile % STAGES
-            first_row = (block * EDGE - past) * GROUP + j * EDGE
+            first_row = (block * EDGE - past) * GROUP + (first_tile + j) * EDGE
             row = gl.minimum(gl.maximum(first_row + lane, 0), num_rows - 1)
             at = gl.minimum(gl.maximum(first_row + line, 0), num_rows - 1) // GROUP
             mbarrier.wait(empty.index(stage), ((tile // STAGES) & 1) ^ 1)
@@ -97,18 +108,16 @@ def _attend_tile(tile, i, j, block, q_s, k_s, v_s, selected_s, full, empty, out_
     scores_init, scores_older, scores_own = warpgroup_mma_wait(0, deps=[scores_init, scores_older, scores_own])
     in_block = (j * EDGE + gl.arange(0, EDGE, layout=row_layout)) // GROUP
     key = gl.arange(0, EDGE, layout=gl.SliceLayout(0, scores_layout))[None, :]
-    # How many keys of each block a row sees.
-    seen_init = gl.where((selected & 1) != 0, block * EDGE + in_block + 1, 0)
-    seen_own = gl.where((selected & 2) != 0, in_block + 1, 0)
-    seen_older = gl.where((selected & 4) != 0, EDGE, 0)
-    scores_init = gl.where(key < seen_init[:, None], scores_init, -float("inf"))
-    scores_older = gl.where(key < seen_older[:, None], scores_older, -float("inf"))
-    scores_own = gl.where(key < seen_own[:, None], scores_own, -float("inf"))
-    largest = gl.maximum(gl.maximum(gl.max(scores_init, 1), gl.max(scores_older, 1)), gl.max(scores_own, 1)) * factor
+    # In the first block of a sequence that one is also the own one, and of the own one a row sees only a part.
+    selected = gl.where(block == 0, selected << 1, selected)
+    scores_init = gl.where(((selected & 1) != 0)[:, None], scores_init, -float("inf"))
+    scores_older = gl.where(((selected & 4) != 0)[:, None], scores_older, -float("inf"))
+    scores_own = gl.where(key < gl.where((selected & 2) != 0, in_block + 1, 0)[:, None], scores_own, -float("inf"))
+    largest = gl.max(gl.maximum(gl.maximum(scores_init, scores_older), scores_own), 1) * factor
     finite = finite_maximum(largest)[:, None]
     p_init, p_older = gl.exp2(scores_init * factor - finite), gl.exp2(scores_older * factor - finite)
     p_own = gl.exp2(scores_own * factor - finite)
-    total = gl.sum(p_init, 1) + gl.sum(p_older, 1) + gl.sum(p_own, 1)
+    total = gl.sum(p_init + p_older + p_own, 1)
     total = gl.where(total == 0.0, 1.0, total)
     out = gl.zeros([EDGE, DIM], gl.float32, out_layout)
     p_init = gl.convert_layout(p_init.to(dtype), operand)
@@ -123,27 +132,28 @@ def _attend_tile(tile, i, j, block, q_s, k_s, v_s, selected_s, full, empty, out_
     gl.store(lse_ptrs, (largest + gl.log2(total)) * LN_2, mask=(row >= 0) & (row < num_rows))
     out = warpgroup_mma_wait(0, deps=[out])
     out = out * gl.convert_layout(1.0 / total, gl.SliceLayout(1, out_layout))[:, None]
-    _store_rows(out_ptr, first_row, num_rows, out, q, NUM_HEADS, GROUP, DIM, False)
+    _store_rows(out_ptr, first_row, num_rows, out, q, NUM_HEADS, GROUP, DIM, False, STAY=True)
     mbarrier.arrive(empty.index(stage), count=1)
 
 
 @gluon.jit
 def _consume(WHO: gl.constexpr, q_s, k_s, v_s, selected_s, full, empty, keys_full, keys_empty, out_ptr, lse_ptr,
-             first_block, blocks, past, num_rows, scale, NUM_HEADS: gl.constexpr, GROUP: gl.constexpr,
-             DIM: gl.constexpr):  # fmt: skip
-    """Every second tile of rows."""
+             first_block, blocks, first_tile, past, num_rows, scale, NUM_HEADS: gl.constexpr, GROUP: gl.constexpr,
+             TILES: gl.constexpr, DIM: gl.constexpr, EARLY: gl.constexpr):  # fmt: skip
+    """Every second tile of rows. The merge that follows relies on the kernel before as well."""
     mbarrier.wait(keys_full.index(PLACES), 0)
     mbarrier.wait(keys_full.index(0), 0)
     for i in range(0, blocks):
         mbarrier.wait(keys_full.index((i + 1) % PLACES), ((i + 1) // PLACES) & 1)
-        # GROUP, which the compiler does not see: it would unroll the loop, and spill.
-        for j in range((WHO + i * GROUP) % 2, GROUP + (i >> 30), 2):
-            _attend_tile(i * GROUP + j, i, j, first_block + i, q_s, k_s, v_s, selected_s, full, empty, out_ptr,
-                         lse_ptr, past, num_rows, scale * LOG2_E, NUM_HEADS, GROUP, DIM)  # fmt: skip
+        # TILES, which the compiler does not see: it would unroll the loop, and spill.
+        for j in range((WHO + i * TILES) % 2, TILES + (i >> 30), 2):
+            _attend_tile(i * TILES + j, i, first_tile + j, first_block + i, q_s, k_s, v_s, selected_s, full, empty,
+                         out_ptr, lse_ptr, past, num_rows, scale * LOG2_E, NUM_HEADS, GROUP, DIM)  # fmt: skip
         mbarrier.arrive(keys_empty.index(i % PLACES), count=1)
+    take_over(EARLY)
 
 
-@gluon.jit(do_not_specialize=["num_sequences"])
+@gluon.jit(do_not_specialize=["num_sequences", "first_token", "tokens", "first_head", "span"])
 def _selected_near_hopper_kernel(
     q_ptr,
     k_ptr,
@@ -154,6 +164,10 @@ def _selected_near_hopper_kernel(
     out_ptr,
     lse_ptr,
     num_sequences,
+    first_token,
+    tokens,
+    first_head,
+    span,
     scale,
     STRIDE_Q: gl.constexpr,
     STRIDE_K: gl.constexpr,
@@ -161,29 +175,29 @@ def _selected_near_hopper_kernel(
     NUM_HEADS: gl.constexpr,
     GROUP: gl.constexpr,
     DIM: gl.constexpr,
-    BLOCKS: gl.constexpr,
+    TILES: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
     """What `_selected_near_kernel` computes, for blocks of 64.
 
-    Grid: (BLOCKS blocks of a sequence of the pack; kv head).
-    Owns: out and lse of the queries that stand in its blocks, by plain stores.
+    Grid: (`span` blocks, as `blocks_of_chunk` numbers them; kv head of the chunk; TILES tiles of the rows of a block).
+    Owns: out and lse of the queries of the chunk that stand in its blocks, by plain stores.
     Invariant: after n steps of a consumer, those of its tiles of the first n blocks are stored.
+
+    It has nothing to do with the main kernel before it, and runs where that one leaves room at its end.
     """
     HEADS: gl.constexpr = NUM_HEADS // GROUP
-    head = gl.program_id(1)
-    sequence, key_start, length, first_position = tile_of_rows(
-        gl.program_id(0), bounds_of_keys(cu_seqlens_ptr, cu_seqlens_k_ptr), num_sequences, 1, BLOCKS * EDGE
+    head = first_head + gl.program_id(1)
+    key_start, token_start, past, length, first_block, end_block = blocks_of_chunk(
+        gl.program_id(0), first_token, tokens, span, cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, EDGE
     )
-    token_start = gl.load(cu_seqlens_ptr + sequence)
-    past = past_of(sequence, token_start, cu_seqlens_ptr, cu_seqlens_k_ptr)
-    first_block = first_position // EDGE
-    blocks_end = gl.minimum(first_block + BLOCKS, gl.cdiv(length, EDGE))
-    # Blocks of tokens without queries have nothing to do.
-    first_block = gl.maximum(first_block, past // EDGE)
-    blocks = blocks_end - first_block
-    num_rows = (length - past) * GROUP
-    if (blocks <= 0) | (num_rows <= 0):
+    blocks = end_block - first_block
+    if blocks <= 0:
+        take_over(EARLY)
         return
+    # Of the queries of the chunk. Keys behind the last one of them are not seen.
+    num_rows = (length - past) * GROUP
+    first_tile = gl.program_id(2) * TILES if TILES < GROUP else 0
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     keys_full = gl.allocate_shared_memory(gl.int64, [PLACES + 1, 1], BARRIER)
@@ -205,17 +219,17 @@ def _selected_near_hopper_kernel(
         [
             (_consume, (
                 0, q_s, k_s, v_s, selected_s, full, empty, keys_full, keys_empty, out_ptr + at * DIM, lse_ptr + at,
-                first_block, blocks, past, num_rows, scale, NUM_HEADS, GROUP, DIM,
+                first_block, blocks, first_tile, past, num_rows, scale, NUM_HEADS, GROUP, TILES, DIM, EARLY,
             )),
             (_consume, (
                 1, q_s, k_s, v_s, selected_s, full, empty, keys_full, keys_empty, out_ptr + at * DIM, lse_ptr + at,
-                first_block, blocks, past, num_rows, scale, NUM_HEADS, GROUP, DIM,
+                first_block, blocks, first_tile, past, num_rows, scale, NUM_HEADS, GROUP, TILES, DIM, EARLY,
             )),
             (_produce, (
                 q_ptr + token_start * STRIDE_Q + head * (GROUP * DIM), k_ptr + key_start * STRIDE_K + head * DIM,
                 v_ptr + key_start * STRIDE_V + head * DIM, selected_ptr + token_start * HEADS + head, q_s, k_s, v_s,
-                selected_s, full, empty, keys_full, keys_empty, first_block, blocks, length - 1, past, num_rows,
-                STRIDE_Q, STRIDE_K, STRIDE_V, HEADS, GROUP, DIM,
+                selected_s, full, empty, keys_full, keys_empty, first_block, blocks, first_tile, length - 1, past,
+                num_rows, STRIDE_Q, STRIDE_K, STRIDE_V, HEADS, GROUP, TILES, DIM,
             )),
         ],
         [WARPS, WARPS],

@@ -69,6 +69,18 @@ def pack_blocks(total_tokens: int, num_sequences: int, block_size: int) -> int:
     return total_tokens // block_size + num_sequences
 
 
+# Multiprocessors where there is no device to ask, as when kernels are compiled alone: those of an H200.
+MULTIPROCESSORS = 132
+
+
+@functools.lru_cache(maxsize=64)
+def multiprocessors(device: torch.device) -> int:
+    """Of a device."""
+    if device.type != "cuda":
+        return MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 @triton.jit
 def sequence_of(x, cu_seqlens_ptr, num_sequences, BLOCK_SIZE: tl.constexpr, SCALE: tl.constexpr = 1):
     """The sequence of token `x` of the pack (BLOCK_SIZE 0), or of block `x` of the pack.
@@ -148,9 +160,23 @@ def tile_of_rows(tile, cu_seqlens_ptr, num_sequences, GROUP: tl.constexpr, ROWS:
 
 @triton.jit
 def wait_for_the_kernel_before(EARLY: tl.constexpr):
-    """What a kernel that is launched by `tuning.early_launch` does before all else."""
+    """What a kernel that is launched by `tuning.early_launch` does before it touches what the one before may touch.
+
+    All of its programs do, those without work as well: the next kernel relies on it that the one before this has ended.
+    """
     if EARLY:
         tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def take_over(EARLY: tl.constexpr):
+    """As `wait_for_the_kernel_before`; and then the next kernel may begin where programs of this one leave room.
+
+    No program has to wait for that one, so no kernel meets more than the end of the one before it.
+    """
+    wait_for_the_kernel_before(EARLY)
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .primitives import LN_2, LOG2_E, exp_below, lift
+from .primitives import LN_2, LOG2_E, exp_below, lift, take_over, wait_for_the_kernel_before
 from .segment import add_up, keys_of_bucket, segment_of_program
 
 # Layout of tiles in shared memory, as matrix units and the copy engine read them; of one value a row; of barriers.
@@ -151,7 +151,8 @@ def _produce_forward(q_ptr, pairs_ptr, num_rows, q_s, token_s, full, empty,
 
 @gluon.jit
 def _attend(tile, k_s, v_s, q_s, token_s, out_s, full, empty, descriptor, partial_ptr, lse_ptr, first_row, num_rows,
-            key_first, key_end, ahead, scale, DIM: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr):  # fmt: skip
+            key_first, key_end, ahead, scale, DIM: gl.constexpr, STAGES: gl.constexpr, TAIL: gl.constexpr,
+            EARLY: gl.constexpr):  # fmt: skip
     """The softmax of a tile of rows over the block, normalised, with its lse."""
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, EDGE, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, DIM, 16])
@@ -176,27 +177,33 @@ def _attend(tile, k_s, v_s, q_s, token_s, out_s, full, empty, descriptor, partia
     p = gl.convert_layout(p, gl.DotOperandLayout(0, out_layout, 2))
     out = warpgroup_mma(p, v_s.index(0), out, use_acc=False, is_async=True)
     row = tile * EDGE + gl.arange(0, EDGE, layout=row_layout)
-    gl.store(lse_ptr + row, (largest + gl.log2(total)) * LN_2, mask=row < num_rows)
+    lse = (largest + gl.log2(total)) * LN_2
     out = warpgroup_mma_wait(0, deps=[out])
+    if tile == 0:
+        # The kernel before may still read the partial results of the chunk before.
+        take_over(EARLY)
+    gl.store(lse_ptr + row, lse, mask=row < num_rows)
     tma.store_wait(0)
     _store_tile(tile, out_s, descriptor, partial_ptr, first_row, num_rows, 0, DIM, out, DIM, TAIL, out_layout)
 
 
 @gluon.jit
 def _consume_forward(k_s, v_s, q_s, token_s, out_s, full, empty, ready, descriptor, partial_ptr, lse_ptr, first_row,
-                     num_rows, key_first, key_end, ahead, scale, DIM: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+                     num_rows, key_first, key_end, ahead, scale, DIM: gl.constexpr, STAGES: gl.constexpr,
+                     EARLY: gl.constexpr):  # fmt: skip
+    """Tile after tile."""
     whole = num_rows // EDGE
     mbarrier.wait(ready.index(0), 0)
     for tile in range(0, whole):
         _attend(tile, k_s, v_s, q_s, token_s, out_s, full, empty, descriptor, partial_ptr, lse_ptr, first_row,
-                num_rows, key_first, key_end, ahead, scale, DIM, STAGES, False)  # fmt: skip
+                num_rows, key_first, key_end, ahead, scale, DIM, STAGES, False, EARLY)  # fmt: skip
     if whole * EDGE < num_rows:
         _attend(whole, k_s, v_s, q_s, token_s, out_s, full, empty, descriptor, partial_ptr, lse_ptr, first_row,
-                num_rows, key_first, key_end, ahead, scale, DIM, STAGES, True)  # fmt: skip
+                num_rows, key_first, key_end, ahead, scale, DIM, STAGES, True, EARLY)  # fmt: skip
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["num_sequences", "num_blocks", "first_place", "places"])
+@gluon.jit(do_not_specialize=["num_sequences", "num_blocks", "first_place", "places", "fresh"])
 def _selected_fwd_hopper_kernel(
     q_ptr,
     k_ptr,
@@ -213,6 +220,7 @@ def _selected_fwd_hopper_kernel(
     num_blocks,
     first_place,
     places,
+    fresh,
     scale,
     STRIDE_Q: gl.constexpr,
     STRIDE_K: gl.constexpr,
@@ -220,6 +228,7 @@ def _selected_fwd_hopper_kernel(
     GROUP: gl.constexpr,
     DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
     """What `_selected_fwd_kv_outer_kernel` computes, for blocks of 64.
 
@@ -228,8 +237,11 @@ def _selected_fwd_hopper_kernel(
     Invariant: after n steps of the consumer, the rows of the first n tiles are stored or on their way.
     """
     STAGES: gl.constexpr = FORWARD_STAGES
+    if fresh != 0:
+        take_over(EARLY)
     first_pair, in_chunk, pairs, bucket, _ = segment_of_program(segments_ptr, segment_ends_ptr, first_place, places)
     if pairs == 0:
+        take_over(EARLY)
         return
     head = bucket // num_blocks
     key_first, key_end, ahead = keys_of_bucket(
@@ -249,7 +261,7 @@ def _selected_fwd_hopper_kernel(
             (_consume_forward, (
                 k_s, v_s, q_s, token_s, out_s, full, empty, ready, descriptor, partial_ptr,
                 partial_lse_ptr + first_row.to(gl.int64), first_row, num_rows, key_first, key_end, ahead, scale,
-                DIM, STAGES,
+                DIM, STAGES, EARLY,
             )),
             (_produce_forward, (
                 q_ptr + head * (GROUP * DIM), pairs_ptr + first_pair, num_rows, q_s, token_s, full, empty,
@@ -431,6 +443,7 @@ def _selected_bwd_hopper_kernel(
     DIM: gl.constexpr,
     BLOCK_SIZE: gl.constexpr,
     WITH_DQ: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
     """What `_selected_bwd_kv_outer_kernel` computes, for parts of 64 keys.
 
@@ -443,6 +456,7 @@ def _selected_bwd_hopper_kernel(
     HEADS: gl.constexpr = NUM_HEADS // GROUP
     LIFT: gl.constexpr = lift(q_ptr.dtype.element_ty)
     PARTS: gl.constexpr = BLOCK_SIZE // EDGE
+    wait_for_the_kernel_before(EARLY)
     first_pair, in_chunk, pairs, bucket, tile = segment_of_program(segments_ptr, segment_ends_ptr, first_place, places)
     if pairs == 0:
         return

@@ -33,10 +33,11 @@ from .primitives import (
     padded_dim,
     positive_scale,
     store_rows,
+    wait_for_the_kernel_before,
 )
 from .segment import add_up, keys_of_bucket, segment_of_program
-from .selected_near import launch_near
-from .tuning import KvOuterTiles, launch_options, takes_hopper_kernels
+from .selected_near import launch_near, split_entries
+from .tuning import KvOuterTiles, early_launch, launch_options, takes_hopper_kernels
 
 
 def launch_selected_fwd_kv_outer(
@@ -64,34 +65,43 @@ def launch_selected_fwd_kv_outer(
     partial_lse = lse.new_empty(chunks.pairs * group)
     specialized = specialized_kernels(tiles, q, k, v)
     descriptor = specialized and specialized.tile_descriptor(partial, 1)
-    far = None
+    bounds = cu_seqlens, cu_seqlens_k
+    far = selected = None
     if takes_near_kernels(tiles, q, k, v):
         segments = index.far_segments(tiles.segment_pairs, cu_seqlens, block_size, cu_seqlens_k)
-        far = launch_near(
-            q, k, v, block_indices, index, out, lse, cu_seqlens, cu_seqlens_k, block_size, softmax_scale,
-            specialized is not None,
-        )  # fmt: skip
+        far, selected = index.far, index.selected
+        if far is None or selected is None:
+            far, selected = split_entries(block_indices, index, *bounds, block_size)
     else:
         segments = index.segments(tiles.segment_pairs)
     for some in segments:
         places = chunks.buckets * some.classes
         for number, first_head, first_token, tokens in some.chunks:
             grid = (some.most_of_chunk,)
-            lists = index.pairs, some.table, some.ends, cu_seqlens, cu_seqlens_k
+            lists = index.pairs, some.table, some.ends, *bounds
             first_place = (number - some.first_number) * places
-            common = cu_seqlens.numel() - 1, chunks.num_blocks, first_place, places, softmax_scale
+            common = cu_seqlens.numel() - 1, chunks.num_blocks, first_place, places
+            fresh = int(number == some.first_number)
             strides = q.stride(0), k.stride(0), v.stride(0)
             if specialized:
                 specialized._selected_fwd_hopper_kernel[grid](
-                    q, k, v, descriptor, partial, partial_lse, *lists, *common, *strides, group, dim_k, block_size,
-                    **specialized.FORWARD_OPTIONS,
+                    q, k, v, descriptor, partial, partial_lse, *lists, *common, fresh, softmax_scale, *strides,
+                    group, dim_k, block_size,
+                    **specialized.FORWARD_OPTIONS, **early_launch(),
                 )  # fmt: skip
             else:
                 _selected_fwd_kv_outer_kernel[grid](
-                    q, k, v, partial, partial_lse, *lists, *common, *strides, group, dim_k, dim_v, block_size,
-                    tiles.rows, tiles.keys, tiles.stages, **launch_options(tiles),
+                    q, k, v, partial, partial_lse, *lists, *common, softmax_scale, *strides, group, dim_k, dim_v,
+                    block_size, tiles.rows, tiles.keys, tiles.stages, **launch_options(tiles),
                 )  # fmt: skip
-            launch_merge(partial, partial_lse, index, out, lse, 1.0, first_head, first_token, tokens, far=far)
+            if selected is not None:
+                # Just before the merge, which finds the results in L2.
+                chunk = first_head, chunks.heads, first_token, tokens
+                launch_near(
+                    q, k, v, selected, out, lse, *bounds, block_size, softmax_scale, chunk, specialized is not None
+                )
+            given = partial, partial_lse, index, out, lse
+            launch_merge(*given, 1.0, first_head, first_token, tokens, far=far)
     return out, lse
 
 
@@ -305,6 +315,7 @@ def launch_selected_bwd_kv_outer(
                 specialized._selected_bwd_hopper_kernel[grid](
                     *given, descriptor, *results, *lists, *common, *share, softmax_scale, *strides,
                     num_heads, group, dim_k, block_size, dq is not None, **specialized.BACKWARD_OPTIONS,
+                    **early_launch(),
                 )  # fmt: skip
             else:
                 _selected_bwd_kv_outer_kernel[grid](
@@ -314,7 +325,7 @@ def launch_selected_bwd_kv_outer(
             _sum_segments_kernel[(chunks.buckets, triton.cdiv(block_size, SUM_KEYS), 2)](
                 dk_tiles, dv_tiles, dk_sum, dv_sum, dk, dv, segments.ends, key_bounds, *blocks,
                 number_here * chunks.buckets, chunks.buckets, *share, segments.classes, segments.flat, softmax_scale,
-                num_kv_heads, dim_k, dim_v, block_size, parts * tiles.keys, SUM_KEYS,
+                num_kv_heads, dim_k, dim_v, block_size, parts * tiles.keys, SUM_KEYS, **early_launch(),
             )  # fmt: skip
             if dq is not None:
                 launch_merge(partial, None, index, dq, None, softmax_scale, first_head, first_token, tokens, parts)
@@ -490,6 +501,7 @@ def _sum_segments_kernel(
     BLOCK_SIZE: tl.constexpr,
     TILE_KEYS: tl.constexpr,
     KEYS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Sums the tiles of a bucket's segments, if it has several, or none; a lone one adds up by itself.
 
@@ -497,6 +509,7 @@ def _sum_segments_kernel(
     Owns: dk or dv at its keys, and their sum, by plain stores.
     Invariant: after n steps, `segments` counts those of the first n classes.
     """
+    wait_for_the_kernel_before(EARLY)
     bucket = tl.program_id(0)
     segments = 0
     for i in range(classes):

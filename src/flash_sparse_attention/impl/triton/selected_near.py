@@ -21,7 +21,6 @@ from torch import Tensor
 from .inverted_index import InvertedIndex, is_near, near_bits
 from .primitives import (
     LN_2,
-    block_bounds,
     bounds_of_keys,
     exp_shifted,
     finite_maximum,
@@ -29,9 +28,11 @@ from .primitives import (
     load_rows,
     padded,
     padded_dim,
+    past_of,
     sequence_of,
     store_rows,
 )
+from .tuning import early_launch
 
 # Rows of a tile, warps, and stages of the loop over tiles of rows; 2 stages took 1.21 ms for 0.76 (H200).
 ROWS, WARPS, STAGES = 64, 4, 1
@@ -39,52 +40,106 @@ ROWS, WARPS, STAGES = 64, 4, 1
 SPLIT_ENTRIES = 1024
 
 
+def split_entries(
+    block_indices: Tensor,
+    index: InvertedIndex,
+    cu_seqlens: Tensor,
+    cu_seqlens_k: Tensor | None,
+    block_size: int,
+) -> tuple[Tensor, Tensor]:
+    """What `InvertedIndex` calls `far` and `selected`, of an index of `block_indices` that was built without them."""
+    far, selected = torch.empty_like(index.place), index.place.new_empty(index.place.shape[:2])
+    total_tokens, num_kv_heads, num_slots = index.place.shape
+    slots = padded(num_slots, 1)
+    tokens = max(1, SPLIT_ENTRIES // slots)
+    _split_entries_kernel[(triton.cdiv(total_tokens, tokens), num_kv_heads)](
+        block_indices, index.place, far, selected, cu_seqlens, cu_seqlens_k, total_tokens, cu_seqlens.numel() - 1,
+        num_kv_heads, num_slots, slots, block_size, tokens,
+    )  # fmt: skip
+    return far, selected
+
+
 def launch_near(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    block_indices: Tensor,
-    index: InvertedIndex,
+    selected: Tensor,
     out: Tensor,
     lse: Tensor,
     cu_seqlens: Tensor,
     cu_seqlens_k: Tensor | None,
     block_size: int,
     scale: float,
+    chunk: tuple[int, int, int, int],
     specialized: bool,
-) -> Tensor:
-    """Attention to the near entries of a selection, into out and lse; and the place of its far ones, -1 of others.
+) -> None:
+    """Attention to the near entries of a chunk of a selection, into its rows of out and lse.
 
-    `scale` is positive; bounds are as for `build_index`; `specialized`: by the kernel for Hopper.
+    `selected` is that of `InvertedIndex`, `scale` positive, `chunk` its first head of k and its heads, its first token
+    and its tokens; bounds are as for `build_index`; `specialized`: by the kernel for Hopper, after which comes a merge.
     """
-    (total_tokens, num_heads, dim_k), dim_v, chunks = q.shape, v.shape[2], index.chunks
-    group, num_sequences, slots = num_heads // chunks.num_kv_heads, cu_seqlens.numel() - 1, padded(chunks.slots, 1)
-    far, selected = index.far, index.selected
-    if far is None or selected is None:
-        # Of an index that was kept.
-        far, selected = torch.empty_like(index.place), index.place.new_empty(index.place.shape[:2])
-        tokens = max(1, SPLIT_ENTRIES // slots)
-        _split_entries_kernel[(triton.cdiv(total_tokens, tokens), chunks.num_kv_heads)](
-            block_indices, index.place, far, selected, cu_seqlens, cu_seqlens_k, total_tokens, num_sequences,
-            chunks.num_kv_heads, chunks.slots, slots, block_size, tokens,
-        )  # fmt: skip
+    (_, num_heads, dim_k), (_, num_kv_heads, dim_v) = q.shape, v.shape
+    first_head, heads, first_token, tokens = chunk
+    given = q, k, v, selected, cu_seqlens, cu_seqlens_k, out, lse, cu_seqlens.numel() - 1, first_token, tokens
+    strides = q.stride(0), k.stride(0), v.stride(0), num_heads, num_heads // num_kv_heads
     if specialized:
         # Not every version of Triton has what it needs.
         from . import near_hopper
 
-        spans = k.shape[0] // (near_hopper.SPAN * block_size) + num_sequences
-        near_hopper._selected_near_hopper_kernel[(spans, chunks.num_kv_heads)](
-            q, k, v, selected, cu_seqlens, cu_seqlens_k, out, lse, num_sequences, scale,
-            q.stride(0), k.stride(0), v.stride(0), num_heads, group, dim_k, near_hopper.SPAN, **near_hopper.OPTIONS,
-        )  # fmt: skip
-        return far
+        group, blocks = num_heads // num_kv_heads, heads * triton.cdiv(tokens, block_size)
+        span, tiles = near_hopper.programs_of_chunk(blocks, group, q.device)
+        grid = _programs(tokens, span * block_size, cu_seqlens), heads, group // tiles
+        near_hopper._selected_near_hopper_kernel[grid](
+            *given, first_head, span, scale, *strides, dim_k, tiles, **near_hopper.OPTIONS, **early_launch()
+        )
+        return
     rows = ROWS if q.dtype != torch.float32 and max(dim_k, dim_v) <= 128 else 16
-    _selected_near_kernel[(chunks.num_blocks, chunks.num_kv_heads)](
-        q, k, v, selected, cu_seqlens, cu_seqlens_k, out, lse, num_sequences, scale,
-        q.stride(0), k.stride(0), v.stride(0), num_heads, group, dim_k, dim_v,
-        block_size, padded(block_size), rows, STAGES, num_warps=WARPS,
+    _selected_near_kernel[(_programs(tokens, block_size, cu_seqlens), heads)](
+        *given, first_head, scale, *strides, dim_k, dim_v, block_size, padded(block_size), rows, STAGES,
+        num_warps=WARPS,
     )  # fmt: skip
-    return far
+
+
+def _programs(tokens: int, size: int, cu_seqlens: Tensor) -> int:
+    """Upper bound of the programs of `blocks_of_chunk`."""
+    return tokens // size + 2 * (cu_seqlens.numel() - 1)
+
+
+@triton.jit
+def blocks_of_chunk(
+    program, first_token, tokens, span, cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, BLOCK_SIZE: tl.constexpr
+):
+    """The blocks of a program, which are `span` consecutive ones of a sequence or fewer, and their queries of a chunk.
+
+    The programs of a sequence that has its first query of the chunk at token a of the chunk begin with the number
+    a // (span * BLOCK_SIZE) + 2 * sequence. L tokens lie in L // (span * BLOCK_SIZE) + 2 times `span` blocks at most,
+    so numbers of two sequences never meet, some programs have nothing, and nothing must be summed to know them.
+
+    Returns the first token of the sequence in the pack of keys, its first query of the chunk in the pack of queries,
+    the positions in the sequence of this and behind the last one of the chunk, and the first block and the end of them.
+    """
+    size = span * BLOCK_SIZE
+    low = program * 0
+    high = low + num_sequences
+    width = num_sequences
+    # Invariant: the first program of `low` is <= program, that of `high` is > program.
+    while width > 1:
+        middle = (low + high) // 2
+        first = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + middle) - first_token, 0), tokens) // size + 2 * middle
+        after = first <= program
+        low = tl.where(after, middle, low)
+        high = tl.where(after, high, middle)
+        width = (width + 1) // 2
+    token_start, token_end = tl.load(cu_seqlens_ptr + low), tl.load(cu_seqlens_ptr + low + 1)
+    begin = tl.minimum(tl.maximum(token_start - first_token, 0), tokens)
+    end = tl.minimum(tl.maximum(token_end - first_token, 0), tokens)
+    # Position of a query less its place in the chunk.
+    ahead = past_of(low, token_start, cu_seqlens_ptr, cu_seqlens_k_ptr) + first_token - token_start
+    first_block = (begin + ahead) // BLOCK_SIZE + (program - begin // size - 2 * low) * span
+    end_block = tl.minimum(first_block + span, (end + ahead + BLOCK_SIZE - 1) // BLOCK_SIZE)
+    end_block = tl.where(begin < end, end_block, first_block)
+    key_start = tl.load(bounds_of_keys(cu_seqlens_ptr, cu_seqlens_k_ptr) + low)
+    return key_start, first_token + begin, begin + ahead, end + ahead, first_block, end_block
 
 
 @triton.jit(do_not_specialize=["total_tokens", "num_sequences"])
@@ -140,7 +195,7 @@ def _load_selected(selected_ptr, first_row, num_rows, HEADS: tl.constexpr, GROUP
     return tl.load(selected_ptr + row // GROUP * HEADS, mask=row < num_rows, other=0)
 
 
-@triton.jit(do_not_specialize=["num_sequences"])
+@triton.jit(do_not_specialize=["num_sequences", "first_token", "tokens", "first_head"])
 def _selected_near_kernel(
     q_ptr,
     k_ptr,
@@ -151,6 +206,9 @@ def _selected_near_kernel(
     out_ptr,
     lse_ptr,
     num_sequences,
+    first_token,
+    tokens,
+    first_head,
     scale,
     STRIDE_Q: tl.constexpr,
     STRIDE_K: tl.constexpr,
@@ -166,29 +224,26 @@ def _selected_near_kernel(
 ):
     """Attention of the queries of a block to the near blocks that they selected.
 
-    Grid: (block of the pack; kv head).
-    Owns: out and lse of the queries that stand in its block, by plain stores.
+    Grid: (block, as `blocks_of_chunk` numbers them; kv head of the chunk).
+    Owns: out and lse of the queries of the chunk that stand in its block, by plain stores.
     Invariant: after n steps, the rows of the first n tiles are stored.
     """
     EXACT: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     HEADS: tl.constexpr = NUM_HEADS // GROUP
-    head = tl.program_id(1)
-    bounds_ptr = bounds_of_keys(cu_seqlens_ptr, cu_seqlens_k_ptr)
-    key_start, sequence_end, sequence = block_bounds(tl.program_id(0), bounds_ptr, num_sequences, BLOCK_SIZE)
-    ahead = keys_ahead(sequence, cu_seqlens_ptr, cu_seqlens_k_ptr)
-    # Its queries, in the pack of queries.
-    token_begin = tl.maximum(key_start - ahead, tl.load(cu_seqlens_ptr + sequence))
-    token_end = tl.minimum(key_start + BLOCK_SIZE, sequence_end) - ahead
-    num_rows = (token_end - token_begin) * GROUP
-    if num_rows <= 0:
+    head = first_head + tl.program_id(1)
+    first_key, token_begin, position_begin, length, block, block_end = blocks_of_chunk(
+        tl.program_id(0), first_token, tokens, 1, cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, BLOCK_SIZE
+    )
+    if block >= block_end:
         return
-    sequence_start = tl.load(bounds_ptr + sequence)
-    position_begin = token_begin + ahead - sequence_start
-    block = (key_start - sequence_start) // BLOCK_SIZE
-    length = sequence_end - sequence_start
+    # Its queries, of the chunk. Keys behind the last one of the chunk are not seen.
+    later = tl.maximum(block * BLOCK_SIZE - position_begin, 0)
+    token_begin += later
+    position_begin += later
+    num_rows = (tl.minimum((block + 1) * BLOCK_SIZE, length) - position_begin) * GROUP
     lane = tl.arange(0, KEYS)
     in_block = lane < BLOCK_SIZE
-    first_key = sequence_start.to(tl.int64)
+    first_key = first_key.to(tl.int64)
     k_ptr += first_key * STRIDE_K + head * DIM_K
     v_ptr += first_key * STRIDE_V + head * DIM_V
     # Keys of the first block, of the one before, and of its own; the block before the first is read as the first.

@@ -498,10 +498,11 @@ def runs_gluon() -> bool:
 
 
 def early_launch() -> dict[str, bool]:
-    """How short kernels are launched: on sm_90 before the one before has ended, for which they wait by themselves.
+    """How kernels are launched that wait for the one before by themselves: on sm_90, before that one has ended.
 
-    CUDA calls it programmatic dependent launch. They do not start before all programs of that one have ended, but
-    what comes between two kernels is done by then.
+    CUDA calls it programmatic dependent launch. Between two kernels so is what lies between two launches anyway; with
+    `primitives.take_over` in the first one, the programs of the second one begin where the last ones of the first leave
+    room, and do what they can before they wait.
     """
     return {"EARLY": True, "launch_pdl": True} if runs_gluon() else {"EARLY": False}
 
