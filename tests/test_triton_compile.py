@@ -86,7 +86,8 @@ class Case:
     @property
     def without_dq(self) -> bool:
         """Whether dK and dV alone are compiled: of the kernels for Hopper, for each head dimension and dtype."""
-        return not self.specialized[1] or (self.group, self.slots, self.block_size, self.past) == (4, 16, 64, False)
+        others = not self.specialized[1] or self.block_size == 128
+        return others or (self.group, self.slots, self.block_size, self.past) == (4, 16, 64, False)
 
     @property
     def specialized(self) -> tuple[bool, bool]:
@@ -94,6 +95,11 @@ class Case:
         half, dims = self.dtype != torch.float32, self.dims in ((64, 64), (128, 128))
         backward = self.arch == 90 and half and dims and self.block_size % 64 == 0
         return backward and self.block_size == 64, backward
+
+    @property
+    def wide(self) -> bool:
+        """Whether that of `selected_wide_hopper` is taken backward."""
+        return self.specialized[1] and self.dims == (128, 128) and self.block_size % 128 == 0
 
     @property
     def hopper_merge(self) -> bool:
@@ -154,6 +160,8 @@ HOPPER = {
     BACKWARD: "_selected_bwd_hopper_kernel WITH_DQ",
     BACKWARD_WITHOUT_DQ: "_selected_bwd_hopper_kernel",
 }
+# Of parts of 128 keys.
+WIDE = {name: HOPPER[name].replace("_hopper", "_wide_hopper") for name in (BACKWARD, BACKWARD_WITHOUT_DQ)}
 MERGE = "_merge_slots_kernel", "_merge_slots_hopper_kernel"
 # Kernels of tiles that lie side by side, and those of them that Hopper has others for.
 NEAR, SPLIT = ("_selected_near_kernel", "_selected_near_hopper_kernel"), "_split_entries_kernel"
@@ -167,6 +175,9 @@ SPILL_BYTES = {
     BACKWARD_WITHOUT_DQ: {80: 136, 90: 158, 100: 154},
     HOPPER[BACKWARD]: {90: 12},
     HOPPER[BACKWARD_WITHOUT_DQ]: {90: 12},
+    # In the producer, which has few registers.
+    WIDE[BACKWARD]: {90: 26},
+    WIDE[BACKWARD_WITHOUT_DQ]: {90: 26},
     # Around the last stores, of which a window has three loops before it.
     "_interval_fwd_hopper_kernel": {90: 120},
     "_interval_dkv_hopper_kernel": {90: 26},
@@ -344,6 +355,7 @@ def test_compiles_and_fits(compiler: Compiler, case: Case):
     names, expected = {kernel.name for kernel in compiled}, kernel_names()
     for name, specialized in zip((FORWARD, BACKWARD_WITHOUT_DQ), case.specialized, strict=True):
         expected -= {name} if specialized and not case.others else set() if specialized else {HOPPER[name]}
+    expected -= set() if case.wide else {WIDE[BACKWARD_WITHOUT_DQ]}
     expected -= set() if case.hopper_intervals else set(HOPPER_INTERVAL)
     expected -= set() if case.near else {NEAR[0]}
     expected -= set() if case.specialized[0] else {NEAR[1]}
@@ -356,7 +368,8 @@ def test_compiles_and_fits(compiler: Compiler, case: Case):
     if case.dtype != torch.float32 and max(case.dims) <= 128:
         forward, backward = case.specialized
         wanted = SELECTED if case.without_dq else (FORWARD, BACKWARD)
-        selected = {HOPPER[name] if (forward if name == FORWARD else backward) else name for name in wanted}
+        hopper = {**HOPPER, **WIDE} if case.wide else HOPPER
+        selected = {hopper[name] if (forward if name == FORWARD else backward) else name for name in wanted}
         selected |= ({NEAR[0]} if case.near else set()) | ({NEAR[1]} if forward else set())
         main = [
             kernel for kernel in compiled if kernel.variant in selected or kernel.name in (*DENSE, *HOPPER_INTERVAL)
@@ -371,7 +384,7 @@ def test_compiles_and_fits(compiler: Compiler, case: Case):
 # later, with the number of places where they wait: programs without work; warps that write what others may still read.
 EARLY = {
     "_count_pairs_kernel", "_start_runs_kernel", "_scatter_pairs_kernel", "_count_segments_kernel",
-    "_fill_segments_kernel", HOPPER[BACKWARD_WITHOUT_DQ], "_sum_segments_kernel", MERGE[0],
+    "_fill_segments_kernel", HOPPER[BACKWARD_WITHOUT_DQ], WIDE[BACKWARD_WITHOUT_DQ], "_sum_segments_kernel", MERGE[0],
 }  # fmt: skip
 LATE = {HOPPER[FORWARD]: 4, NEAR[1]: 3, MERGE[1]: 2}
 

@@ -406,14 +406,15 @@ def test_intervals_by_warps_of_two_kinds(
     assert_same(got, run(True), run(False), dtype)
 
 
-def test_rows_that_are_not_aligned_take_other_kernels():
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_rows_that_are_not_aligned_take_other_kernels(block_size: int):
     q, k, v, d_out = inputs(300)
-    indices = random_selection(300, 2, 4, 5, "cuda")
+    indices = random_selection(300, 2, 4, -(-300 // block_size), "cuda")
     # Rows that begin at multiples of 2 bytes only.
     shifted = torch.randn(300 * 8 * 128 + 1, device="cuda", dtype=q.dtype)[1:].view_as(q).copy_(q.detach())
     assert shifted.data_ptr() % 16 != 0
-    expected = gradients(q, k, v, d_out, indices)
-    got = gradients(shifted.requires_grad_(), k, v, d_out, indices)
+    expected = gradients(q, k, v, d_out, indices, block_size=block_size)
+    got = gradients(shifted.requires_grad_(), k, v, d_out, indices, block_size=block_size)
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2**-7, atol=2**-7)
 

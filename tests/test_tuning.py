@@ -272,7 +272,8 @@ def test_candidates():
             assert tiles[0] == getattr(base, name)
             assert len(set(tiles)) == len(tiles) > 4
             for one in tiles:
-                tuning._check_tiles(one, can_near=name == "kv_outer_forward" and shape.block_size <= 64)
+                can_be_wide = name == "kv_outer_backward" and tuning._can_be_wide(shape)
+                tuning._check_tiles(one, True, name == "kv_outer_forward" and shape.block_size <= 64, can_be_wide)
         near = {False, True} if shape.block_size <= 64 else {False}
         assert {tiles.dense_near for tiles in tried.kv_outer_forward} == near
         # Both passes share what the keys of the backward pass decide.
@@ -303,8 +304,35 @@ def test_specialized_kernels_are_asked_for_where_they_are(monkeypatch, changes, 
     assert TunedEntry.from_dict(stored.to_dict()) == stored
     monkeypatch.setattr(tuning, "device_capability", lambda: 80)
     elsewhere = built_in_tiles(shape)
+    assert elsewhere.kv_outer_backward.keys <= 64
     assert not elsewhere.kv_outer_forward.specialized
     assert not elsewhere.kv_outer_backward.specialized
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ({}, 64),
+        ({"block_size": 128}, 128),
+        ({"block_size": 256, "dtype": torch.float16}, 128),
+        ({"block_size": 192}, 64),
+        ({"block_size": 128, "dim_k": 64, "dim_v": 64}, 64),
+        ({"block_size": 128, "dtype": torch.float32}, 32),
+    ],
+    ids=str,
+)
+def test_keys_that_the_backward_pass_holds(monkeypatch, changes, keys):
+    tiles = built_in_tiles(SHAPE._replace(**changes))
+    assert tiles.kv_outer_backward.keys == keys
+    stored = entry(tiles=tiles, **changes)
+    assert TunedEntry.from_dict(stored.to_dict()) == stored
+    if keys == 128:
+        values = entry(tiles=tiles, **{**changes, "block_size": 192}).to_dict()
+        with pytest.raises(ValueError, match="specialized"):
+            TunedEntry.from_dict(values)
+        # Another Triton, whose Gluon may be another one.
+        monkeypatch.setattr(tuning, "GLUON_VERSIONS", ((9, 0), (9, 1)))
+        assert built_in_tiles(SHAPE._replace(**changes)).kv_outer_backward.keys == 64
 
 
 @pytest.mark.parametrize(

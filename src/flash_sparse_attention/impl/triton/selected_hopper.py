@@ -49,10 +49,10 @@ BACKWARD_OPTIONS = {"num_warps": 4, "maxnreg": 168}
 BACKWARD_CONSUMER, BACKWARD_PRODUCER = gl.constexpr(232), gl.constexpr(40)
 
 
-def tile_descriptor(partial: Tensor, parts: int) -> TensorDescriptor:
-    """By which tiles of the partial results `[rows * parts, dim]` are stored, each of one part."""
+def tile_descriptor(partial: Tensor, parts: int, pieces: int = 1) -> TensorDescriptor:
+    """By which tiles of the partial results `[rows * parts, dim]` are stored, each a piece of the columns of a part."""
     rows, dim = partial.shape[0] // parts, partial.shape[1]
-    return TensorDescriptor(partial, [rows, parts * dim], [parts * dim, 1], [EDGE.value, dim], TILE.value)
+    return TensorDescriptor(partial, [rows, parts * dim], [parts * dim, 1], [EDGE.value, dim // pieces], TILE.value)
 
 
 @triton.constexpr_function
@@ -71,23 +71,25 @@ def _copy_rows(tile, x_ptr, rows, DIM: gl.constexpr):
 @gluon.jit
 def _copy_keys(k_s, v_s, k_ptr, v_ptr, key_first, last_key, head, STRIDE_K: gl.constexpr, STRIDE_V: gl.constexpr,
                DIM: gl.constexpr, ready):  # fmt: skip
-    """Asks for K and V of a tile of keys. Past the last key of the block it stands again: no row sees it there."""
-    key = key_first + gl.arange(0, EDGE, layout=gl.SliceLayout(1, _by_16_bytes(DIM)))
-    key = gl.minimum(key, last_key).to(gl.int64)
-    _copy_rows(k_s.index(0), k_ptr, key * STRIDE_K + head * DIM, DIM)
-    _copy_rows(v_s.index(0), v_ptr, key * STRIDE_V + head * DIM, DIM)
+    """Asks for K and V of tiles of keys. Past the last key of the block it stands again: no row sees it there."""
+    TILES: gl.constexpr = k_s.shape[0]
+    for i in gl.static_range(TILES):
+        key = key_first + i * EDGE + gl.arange(0, EDGE, layout=gl.SliceLayout(1, _by_16_bytes(DIM)))
+        key = gl.minimum(key, last_key).to(gl.int64)
+        _copy_rows(k_s.index(i), k_ptr, key * STRIDE_K + head * DIM, DIM)
+        _copy_rows(v_s.index(i), v_ptr, key * STRIDE_V + head * DIM, DIM)
     async_copy.mbarrier_arrive(ready, increment_count=False)
 
 
 @gluon.jit
-def _ring(STAGES: gl.constexpr):
-    """The barriers of a ring: full when all threads of the producer have copied, empty when its consumer says so."""
+def _ring(STAGES: gl.constexpr, READERS: gl.constexpr = 1):
+    """The barriers of a ring: full when all threads of the producer have copied, empty when its readers say so."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     ready = gl.allocate_shared_memory(gl.int64, [1, 1], BARRIER)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=32 * WARPS)
-        mbarrier.init(empty.index(i), count=1)
+        mbarrier.init(empty.index(i), count=READERS)
     mbarrier.init(ready.index(0), count=32 * WARPS)
     return full, empty, ready
 

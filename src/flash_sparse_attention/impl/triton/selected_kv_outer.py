@@ -12,6 +12,7 @@ These kernels are for any device and shape; `selected_hopper` has others for wha
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -37,7 +38,7 @@ from .primitives import (
 )
 from .segment import add_up, keys_of_bucket, segment_of_program
 from .selected_near import launch_near, split_entries
-from .tuning import KvOuterTiles, early_launch, launch_options, takes_hopper_kernels
+from .tuning import WIDE_KEYS, KvOuterTiles, early_launch, launch_options, takes_hopper_kernels
 
 
 def launch_selected_fwd_kv_outer(
@@ -286,10 +287,10 @@ def launch_selected_bwd_kv_outer(
     group, chunks, parts = num_heads // num_kv_heads, index.chunks, triton.cdiv(block_size, tiles.keys)
     dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     partial = q.new_empty(chunks.pairs * group * parts if dq is not None else 1, dim_k)
-    wide: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
+    sums_of: dict[str, Any] = {"dtype": torch.float32, "device": q.device}
     most_tiles = index.most_tiles(tiles.segment_pairs)
-    dk_tiles = torch.empty(most_tiles, parts * tiles.keys, dim_k, **wide)
-    dv_tiles = torch.empty(most_tiles, parts * tiles.keys, dim_v, **wide)
+    dk_tiles = torch.empty(most_tiles, parts * tiles.keys, dim_k, **sums_of)
+    dv_tiles = torch.empty(most_tiles, parts * tiles.keys, dim_v, **sums_of)
     # Chunks of tokens add up, in float32 if that is not too much: two numbers of fewer bits take the kernel longer.
     many = chunks.token_chunks > 1
     sums = k.shape[0] * chunks.heads * (dim_k + dim_v)
@@ -297,8 +298,12 @@ def launch_selected_bwd_kv_outer(
     key_bounds = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     dk_sum = k.new_empty((k.shape[0], chunks.heads, dim_k) if many else (1,), dtype=dtype)
     dv_sum = v.new_empty((k.shape[0], chunks.heads, dim_v) if many else (1,), dtype=dtype)
-    specialized = specialized_kernels(tiles, q, k, v, d_out)
-    descriptor = specialized and specialized.tile_descriptor(partial, parts) if dq is not None else None
+    specialized, descriptor = specialized_kernels(tiles, q, k, v, d_out), None
+    if specialized and dq is not None:
+        descriptor = specialized.tile_descriptor(partial, parts, 2 if tiles.keys == WIDE_KEYS else 1)
+    if not specialized and tiles.keys == WIDE_KEYS:
+        # Of tensors that are not aligned; dK and dV of so many keys take the registers of 8 warps.
+        tiles = replace(tiles, rows=32, warps=8)
     for segments in index.segments(tiles.segment_pairs):
         places = chunks.buckets * segments.classes
         for number, first_head, first_token, tokens in segments.chunks:
@@ -312,10 +317,10 @@ def launch_selected_bwd_kv_outer(
             share = first_head, chunks.heads, int(first_token > 0), last
             strides = q.stride(0), k.stride(0), v.stride(0), d_out.stride(0)
             if specialized:
-                specialized._selected_bwd_hopper_kernel[grid](
+                kernel, options = _backward_for_hopper(tiles.keys)
+                kernel[grid](
                     *given, descriptor, *results, *lists, *common, *share, softmax_scale, *strides,
-                    num_heads, group, dim_k, block_size, dq is not None, **specialized.BACKWARD_OPTIONS,
-                    **early_launch(),
+                    num_heads, group, dim_k, block_size, dq is not None, **options, **early_launch(),
                 )  # fmt: skip
             else:
                 _selected_bwd_kv_outer_kernel[grid](
@@ -330,6 +335,18 @@ def launch_selected_bwd_kv_outer(
             if dq is not None:
                 launch_merge(partial, None, index, dq, None, softmax_scale, first_head, first_token, tokens, parts)
     return dk, dv
+
+
+def _backward_for_hopper(keys: int) -> tuple[Any, dict[str, int]]:
+    """The kernel for parts of so many keys, and how it is launched."""
+    # Not every version of Triton has what they need.
+    if keys == WIDE_KEYS:
+        from . import selected_wide_hopper
+
+        return selected_wide_hopper._selected_bwd_wide_hopper_kernel, selected_wide_hopper.OPTIONS
+    from . import selected_hopper
+
+    return selected_hopper._selected_bwd_hopper_kernel, selected_hopper.BACKWARD_OPTIONS
 
 
 SUM_KEYS = 16

@@ -72,7 +72,7 @@ class KvOuterTiles:
         warps, stages: of the launch.
         registers: of a thread at most, or None.
         specialized: by the kernels of `selected_hopper`, on devices that have them: tiles of 64 rows and 64 keys, and
-            warps, stages and registers of their own.
+            warps, stages and registers of their own; backward, 128 keys by that of `selected_wide_hopper`.
         dense_near: forward, near blocks by a kernel of their own (`selected_near`).
     """
 
@@ -349,7 +349,7 @@ class TunedEntry:
         )
         near = shape.block_size <= MOST_NEAR_BLOCK_SIZE
         _check_tiles(chosen.kv_outer_forward, _can_specialize(shape) and shape.block_size == 64, near)
-        _check_tiles(chosen.kv_outer_backward, _can_specialize(shape), False)
+        _check_tiles(chosen.kv_outer_backward, _can_specialize(shape), False, _can_be_wide(shape))
         _check_tiles(chosen.query_outer)
         ms = {
             str(schedule): {str(name): float(time) for name, time in times.items()}
@@ -453,12 +453,14 @@ def built_in_tiles(shape: SelectedShape) -> SelectedTiles:
     # Backward, main kernel and sum over segments: 10.12 so; rows of a segment 4,096: 10.57, 2,048: 11.55. Main kernel
     # alone: 9.5 to 9.9 so, 1 stage 10.9, 3 stages 15.7, 32 rows 10.8, 8 warps 13.6. At 8,192 tokens, both: 4,096 rows
     # 1.26, 2,048: 1.21, 8,192: 1.57. Kernels of `selected_hopper`, the whole backward pass: 8.83 so, rows of a segment
-    # 8,192: 8.95, 4,096: 9.17; at 8,192 tokens 8,192 rows: 1.010, 4,096: 1.024, 2,048: 1.08. Blocks of 128: 8,192 rows
-    # 4.58, 4,096: 4.68, 16,384: 5.31.
-    # Parts of 64 keys have programs of their own.
+    # 8,192: 8.95, 4,096: 9.17; at 8,192 tokens 8,192 rows: 1.010, 4,096: 1.024, 2,048: 1.08. That of
+    # `selected_wide_hopper`, 16/4 heads, 8 blocks of 128: 3.27 so, 8,192 rows: 3.38, 4,096: 3.48; 32/8 heads, 4 blocks
+    # of 256: 6.85 so (8,192), 16,384: 8.02, 4,096: 6.98.
+    # The parts of a block have programs of their own.
     enough = rows * (shape.block_size // 64) >= 1 << 24 if specialized else rows >= 1 << 24 and block <= 64
-    segment_rows = (8192 if enough else 4096) * (2 if specialized and shape.block_size == 64 else 1)
-    backward = KvOuterTiles(64, min(64, block), max(1, segment_rows // group), 4, 2, specialized=specialized)
+    keys = WIDE_KEYS if specialized and _can_be_wide(shape) and _knows_gluon() else min(64, block)
+    segment_rows = (8192 if enough else 4096) * (2 if specialized and shape.block_size == keys else 1)
+    backward = KvOuterTiles(64, keys, max(1, segment_rows // group), 4, 2, specialized=specialized)
     return SelectedTiles(forward, backward, QueryOuterTiles(min(64, block), 2, 2))
 
 
@@ -472,6 +474,13 @@ def has_hopper_kernels(dim_k: int, dim_v: int, dtype: torch.dtype) -> bool:
     return dim_k == dim_v and dim_k in (64, 128) and dtype in (torch.bfloat16, torch.float16)
 
 
+def _can_be_wide(shape: SelectedShape) -> bool:
+    """Whether `selected_wide_hopper` has a backward kernel for a shape."""
+    return _can_specialize(shape) and shape.dim_k == 128 and shape.block_size % WIDE_KEYS == 0
+
+
+# Keys that the backward kernel of `selected_wide_hopper` holds.
+WIDE_KEYS = 128
 # Versions of Triton whose Gluon the kernels for Hopper were tried with, from and below: it changes.
 GLUON_VERSIONS = ((3, 6), (3, 8))
 
@@ -490,11 +499,14 @@ def takes_hopper_kernels(tiles: KvOuterTiles | IntervalTiles, *tensors: Tensor) 
 
 def runs_gluon() -> bool:
     """Whether the kernels for Hopper run on the current device: on sm_90, and not in Triton's interpreter."""
+    return _knows_gluon() and triton.runtime.driver.active.get_current_target().arch == 90
+
+
+def _knows_gluon() -> bool:
+    """Whether this Triton has the language that the kernels for Hopper are written in."""
     first, end = GLUON_VERSIONS
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if triton.knobs.runtime.interpret or not first <= version < end:
-        return False
-    return triton.runtime.driver.active.get_current_target().arch == 90
+    return not triton.knobs.runtime.interpret and first <= version < end
 
 
 def early_launch() -> dict[str, bool]:
@@ -671,11 +683,14 @@ def _by_length(entries: list[TunedEntry]) -> Iterable[tuple[int, int, TunedEntry
         yield max(start, -(-length // LENGTH_FACTOR)), min(end, length * LENGTH_FACTOR), entry
 
 
-def _check_tiles(tiles: KvOuterTiles | QueryOuterTiles, can_specialize: bool = True, can_near: bool = True) -> None:
+def _check_tiles(
+    tiles: KvOuterTiles | QueryOuterTiles, can_specialize: bool = True, can_near: bool = True, can_be_wide: bool = False
+) -> None:
     """Every tile is an integer that a kernel can be built for."""
     for name, size in asdict(tiles).items():
         if name == "specialized":
-            fits = can_specialize and isinstance(tiles, KvOuterTiles) and (tiles.rows, tiles.keys) == (64, 64)
+            sizes = [(64, 64), (64, WIDE_KEYS)] if can_be_wide else [(64, 64)]
+            fits = can_specialize and isinstance(tiles, KvOuterTiles) and (tiles.rows, tiles.keys) in sizes
             if size is not False and not (size is True and fits):
                 raise bad(name, "true only for what `selected_hopper` has kernels for, false otherwise", size)
             continue
