@@ -47,6 +47,7 @@ from flash_sparse_attention.impl.triton.selected_query_outer import (
     launch_selected_fwd_query_outer,
 )
 from flash_sparse_attention.impl.triton.tuning import (
+    WIDE_TILES_OF_OTHERS,
     DecodeTiles,
     IntervalSchedule,
     SelectedShape,
@@ -184,7 +185,7 @@ SPILL_BYTES = {
     "_interval_dkv_hopper_kernel ADD": {90: 8},
     # No default takes it; see `Case.near`.
     NEAR[0]: {80: 4, 90: 56, 100: 260},
-    NEAR[1]: {90: 8},
+    NEAR[1]: {90: 4},
     "_sum_segments_kernel": {100: 4},
     "_interval_fwd_kernel": {80: 60, 90: 16},
     # Both gradients, scores and their gradient are held at once; the loop is faster so than with smaller tiles.
@@ -194,7 +195,8 @@ SPILL_BYTES = {
     "_gated_shifts_kernel": {80: 8},
 }
 SPILL_BYTES_OF_CASE = {
-    Case(90, block_size=256): {FORWARD: 184},
+    Case(90, block_size=128): {BACKWARD: 92},
+    Case(90, block_size=256): {FORWARD: 184, BACKWARD: 92},
     Case(100, (192, 128)): {BACKWARD: 246},
     # Products in float32 take no matrix unit.
     Case(90, dtype=torch.float32): {
@@ -255,6 +257,9 @@ def launch_all(case: Case, total_tokens: int = 4096, num_sequences: int = 3) -> 
         launch_selected_bwd_kv_outer(*given, index, *sizes, backward, torch.empty_like(q), cu_seqlens_k)
         launch_selected_bwd_kv_outer(*given, index, *sizes, backward, None, cu_seqlens_k)
 
+    if case.wide:
+        wide = replace(tiles.kv_outer_backward, specialized=False, **WIDE_TILES_OF_OTHERS)
+        launch_selected_bwd_kv_outer(*given, index, *sizes, wide, torch.empty_like(q), cu_seqlens_k)
     if case.branches:
         launch_branches(case, q, k, v, d_out, cu_seqlens, cu_seqlens_k)
     place = mark_valid(block_indices, cu_seqlens, block_size, cu_seqlens_k)
@@ -354,7 +359,8 @@ def test_compiles_and_fits(compiler: Compiler, case: Case):
     compiled = compile_all(compiler, case)
     names, expected = {kernel.name for kernel in compiled}, kernel_names()
     for name, specialized in zip((FORWARD, BACKWARD_WITHOUT_DQ), case.specialized, strict=True):
-        expected -= {name} if specialized and not case.others else set() if specialized else {HOPPER[name]}
+        others = case.others or (case.wide and name == BACKWARD_WITHOUT_DQ)
+        expected -= {name} if specialized and not others else set() if specialized else {HOPPER[name]}
     expected -= set() if case.wide else {WIDE[BACKWARD_WITHOUT_DQ]}
     expected -= set() if case.hopper_intervals else set(HOPPER_INTERVAL)
     expected -= set() if case.near else {NEAR[0]}
@@ -387,6 +393,8 @@ EARLY = {
     "_fill_segments_kernel", HOPPER[BACKWARD_WITHOUT_DQ], WIDE[BACKWARD_WITHOUT_DQ], "_sum_segments_kernel", MERGE[0],
 }  # fmt: skip
 LATE = {HOPPER[FORWARD]: 4, NEAR[1]: 3, MERGE[1]: 2}
+# Which of them do not let the next one begin.
+ALONE = {HOPPER[BACKWARD_WITHOUT_DQ], WIDE[BACKWARD_WITHOUT_DQ], "_sum_segments_kernel", MERGE[0]}
 
 
 def assert_early_kernels_wait(compiled: list[Compiled], arch: int) -> None:
@@ -394,8 +402,10 @@ def assert_early_kernels_wait(compiled: list[Compiled], arch: int) -> None:
     names = {kernel.name for kernel in early}
     assert names == {kernel.name for kernel in compiled if kernel.name in {*EARLY, *LATE}} if arch == 90 else not names
     for kernel in early:
+        # No kernel lets the next one begin that has not waited itself.
+        each = ["wait"] if kernel.name in ALONE else ["wait", "launch_dependents"]
+        assert re.findall(r"griddepcontrol\.(\w+)", kernel.ptx) == each * LATE.get(kernel.name, 1)
         if kernel.name in LATE:
-            assert kernel.ptx.count("griddepcontrol.wait") == LATE[kernel.name]
             continue
         first_access = re.search(r"\b(ld|st|atom|red)\.\S*global|\bcp\.async", kernel.ptx)
         assert first_access

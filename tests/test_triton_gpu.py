@@ -16,7 +16,14 @@ from flash_sparse_attention.impl.triton.delta import launch_shifts
 from flash_sparse_attention.impl.triton.inverted_index import Chunks, InvertedIndex, build_index
 from flash_sparse_attention.impl.triton.measure import Problem
 from flash_sparse_attention.impl.triton.selected_kv_outer import launch_selected_fwd_kv_outer, specialized_kernels
-from flash_sparse_attention.impl.triton.tuning import SelectedShape, built_in_tiles, interval_schedule, runs_gluon
+from flash_sparse_attention.impl.triton.tuning import (
+    WIDE_KEYS,
+    WIDE_TILES_OF_OTHERS,
+    SelectedShape,
+    built_in_tiles,
+    interval_schedule,
+    runs_gluon,
+)
 from graphs import recorded
 from triton_cases import config, random_selection, selected_rows
 
@@ -299,7 +306,8 @@ def test_warps_of_two_kinds_compute_the_same(heads: int, kv_heads: int, dim: int
         assert specialized_kernels(chosen, *(problem.q, problem.k, problem.v, problem.d_out)[:tensors]) is not None
         for pairs in (chosen.segment_pairs, 40):
             tried = replace(chosen, segment_pairs=pairs)
-            others = launch(replace(tried, specialized=False, dense_near=False))
+            wide = WIDE_TILES_OF_OTHERS if tried.keys == WIDE_KEYS else {}
+            others = launch(replace(tried, specialized=False, dense_near=False, **wide))
             assert_same(launch(tried), launch(tried), others, dtype)
             if tried.dense_near:
                 assert_same(launch(tried), launch(tried), launch(replace(tried, dense_near=False)), dtype)

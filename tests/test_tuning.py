@@ -271,6 +271,8 @@ def test_candidates():
         for name, tiles in tried._asdict().items():
             assert tiles[0] == getattr(base, name)
             assert len(set(tiles)) == len(tiles) > 4
+            others = [one for one in tiles if name == "kv_outer_backward" and one.keys == 128 and not one.specialized]
+            assert all((one.rows, one.warps) == (32, 8) for one in others)
             for one in tiles:
                 can_be_wide = name == "kv_outer_backward" and tuning._can_be_wide(shape)
                 tuning._check_tiles(one, True, name == "kv_outer_forward" and shape.block_size <= 64, can_be_wide)

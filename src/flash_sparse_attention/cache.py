@@ -225,7 +225,7 @@ class NSACache:
         # Its tensors are made when their sizes are known.
         none = torch.empty(0, dtype=torch.int32, device=device)
         self._shared = Shared(config, dtype, rotary, max_crop, paged, growing, none, none)
-        self.config, self.batch, self.paged = config, batch, paged
+        self.batch = batch
         if page_size is None:
             if pools is not None or num_pages is not None:
                 raise bad("page_size", "given with pools or num_pages", None)
@@ -268,6 +268,16 @@ class NSACache:
     def device(self) -> torch.device:
         """Of all tensors."""
         return self._shared.device
+
+    @property
+    def config(self) -> NSAConfig:
+        """Of the attention."""
+        return self._shared.config
+
+    @property
+    def paged(self) -> bool:
+        """Whether sequences own pages of a pool."""
+        return self._shared.paged
 
     @property
     def dtype(self) -> torch.dtype:

@@ -30,6 +30,8 @@ from .selected_query_outer import launch_selected_dq_query_outer, launch_selecte
 from .tuning import (
     LOOP_ORDERS,
     MOST_NEAR_BLOCK_SIZE,
+    WIDE_KEYS,
+    WIDE_TILES_OF_OTHERS,
     KvOuterTiles,
     QueryOuterTiles,
     SelectedShape,
@@ -115,7 +117,10 @@ def _kv_outer_changes(base: KvOuterTiles) -> list[dict[str, Any]]:
         # Tiles of their own are fixed. The other kernels were slower wherever both were measured: few of them.
         factors = 0.5, 2.0, 0.25, 4.0
         segments = [{"segment_pairs": max(1, round(base.segment_pairs * factor))} for factor in factors]
-        return [*segments, *({"specialized": False, "dense_near": False, **change} for change in ({}, *changes[:5]))]
+        others = [{}, *changes[:5]]
+        if base.keys == WIDE_KEYS:
+            others = [{**WIDE_TILES_OF_OTHERS, "stages": stages} for stages in (2, 1)]
+        return [*segments, *({"specialized": False, "dense_near": False, **change} for change in others)]
     return changes
 
 

@@ -193,7 +193,7 @@ def _attend(tile, k_s, v_s, q_s, token_s, out_s, full, empty, descriptor, partia
 def _consume_forward(k_s, v_s, q_s, token_s, out_s, full, empty, ready, descriptor, partial_ptr, lse_ptr, first_row,
                      num_rows, key_first, key_end, ahead, scale, DIM: gl.constexpr, STAGES: gl.constexpr,
                      EARLY: gl.constexpr):  # fmt: skip
-    """Tile after tile."""
+    """Tile after tile; waits for the kernel before when the first one is to be stored."""
     whole = num_rows // EDGE
     mbarrier.wait(ready.index(0), 0)
     for tile in range(0, whole):

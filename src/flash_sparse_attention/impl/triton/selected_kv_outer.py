@@ -38,7 +38,7 @@ from .primitives import (
 )
 from .segment import add_up, keys_of_bucket, segment_of_program
 from .selected_near import launch_near, split_entries
-from .tuning import WIDE_KEYS, KvOuterTiles, early_launch, launch_options, takes_hopper_kernels
+from .tuning import WIDE_KEYS, WIDE_TILES_OF_OTHERS, KvOuterTiles, early_launch, launch_options, takes_hopper_kernels
 
 
 def launch_selected_fwd_kv_outer(
@@ -301,9 +301,9 @@ def launch_selected_bwd_kv_outer(
     specialized, descriptor = specialized_kernels(tiles, q, k, v, d_out), None
     if specialized and dq is not None:
         descriptor = specialized.tile_descriptor(partial, parts, 2 if tiles.keys == WIDE_KEYS else 1)
-    if not specialized and tiles.keys == WIDE_KEYS:
-        # Of tensors that are not aligned; dK and dV of so many keys take the registers of 8 warps.
-        tiles = replace(tiles, rows=32, warps=8)
+    elif tiles.specialized and tiles.keys == WIDE_KEYS and not specialized:
+        # Of tensors that are not aligned.
+        tiles = replace(tiles, **WIDE_TILES_OF_OTHERS)
     for segments in index.segments(tiles.segment_pairs):
         places = chunks.buckets * segments.classes
         for number, first_head, first_token, tokens in segments.chunks:

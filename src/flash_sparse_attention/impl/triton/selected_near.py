@@ -76,7 +76,8 @@ def launch_near(
     """Attention to the near entries of a chunk of a selection, into its rows of out and lse.
 
     `selected` is that of `InvertedIndex`, `scale` positive, `chunk` its first head of k and its heads, its first token
-    and its tokens; bounds are as for `build_index`; `specialized`: by the kernel for Hopper, after which comes a merge.
+    and its tokens; bounds are as for `build_index`; `specialized`: by the kernel for Hopper. That one writes before it
+    waits for the kernel before it, which must be the main kernel of the chunk: that has nothing to do with out and lse.
     """
     (_, num_heads, dim_k), (_, num_kv_heads, dim_v) = q.shape, v.shape
     first_head, heads, first_token, tokens = chunk
