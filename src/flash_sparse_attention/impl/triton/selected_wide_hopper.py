@@ -36,7 +36,7 @@ from .selected_hopper import (
     _store_tile,
 )
 
-# Keys of a part; tiles of the ring; registers of a thread, as those of `selected_hopper`.
+# Keys of a part; tiles of the ring, of which no fourth fits; registers of a thread, as those of `selected_hopper`.
 KEYS, STAGES = gl.constexpr(128), gl.constexpr(3)
 OPTIONS = {"num_warps": 4, "maxnreg": 168}
 CONSUMER, PRODUCER = gl.constexpr(232), gl.constexpr(40)
