@@ -170,13 +170,13 @@ def test_programs_have_each_block_with_queries_of_a_chunk_once(span: int, monkey
         ahead = [0] * len(lengths) if pasts is None else pasts
         keys = SequenceLayout.from_lengths([a + b for a, b in zip(lengths, ahead, strict=True)]).cu_seqlens
         bounds, starts = (None if pasts is None else keys), layout.cu_seqlens.tolist()
-        for first, tokens in ((0, 52), (0, 7), (7, 20), (5, 1), (27, 25), (36, 16)):
+        for first, tokens in ((0, 52), (0, 7), (7, 20), (5, 1), (27, 25), (28, 20), (36, 16)):
             expected = []
             for s, (start, length, before) in enumerate(zip(starts, lengths, ahead, strict=False)):
                 begin, end = (min(max(x, first), first + tokens) - start + before for x in (start, start + length))
                 blocks = range(begin // size, -(-end // size)) if begin < end else ()
                 expected += [(int(keys[s]), start - before + begin, begin, end, block) for block in blocks]
-            programs = selected_near._programs(tokens, span * size, layout.cu_seqlens)
+            programs = selected_near._programs(tokens, span * size, layout.cu_seqlens, bounds)
             to = torch.full((programs, 6), -1, dtype=torch.int32)
             show[(programs,)](to, layout.cu_seqlens, bounds, first, tokens, span, len(lengths), size)
             assert ((to[:, 5] - to[:, 4]) <= span).all()

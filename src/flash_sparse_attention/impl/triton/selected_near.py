@@ -89,21 +89,29 @@ def launch_near(
 
         group, blocks = num_heads // num_kv_heads, heads * triton.cdiv(tokens, block_size)
         span, tiles = near_hopper.programs_of_chunk(blocks, group, q.device)
-        grid = _programs(tokens, span * block_size, cu_seqlens), heads, group // tiles
+        grid = _programs(tokens, span * block_size, cu_seqlens, cu_seqlens_k), heads, group // tiles
         near_hopper._selected_near_hopper_kernel[grid](
             *given, first_head, span, scale, *strides, dim_k, tiles, **near_hopper.OPTIONS, **early_launch()
         )
         return
     rows = ROWS if q.dtype != torch.float32 and max(dim_k, dim_v) <= 128 else 16
-    _selected_near_kernel[(_programs(tokens, block_size, cu_seqlens), heads)](
+    _selected_near_kernel[(_programs(tokens, block_size, cu_seqlens, cu_seqlens_k), heads)](
         *given, first_head, scale, *strides, dim_k, dim_v, block_size, padded(block_size), rows, STAGES,
         num_warps=WARPS,
     )  # fmt: skip
 
 
-def _programs(tokens: int, size: int, cu_seqlens: Tensor) -> int:
+def _programs(tokens: int, size: int, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None) -> int:
     """Upper bound of the programs of `blocks_of_chunk`."""
-    return tokens // size + 2 * (cu_seqlens.numel() - 1)
+    return tokens // size + (1 if cu_seqlens_k is None else 2) * (cu_seqlens.numel() - 1) + 1
+
+
+@triton.jit
+def _first_program(sequence, first_token, tokens, size, cu_seqlens_ptr, cu_seqlens_k_ptr):
+    """The first program of a sequence, as `blocks_of_chunk` numbers them."""
+    of_each: tl.constexpr = 1 if cu_seqlens_k_ptr is None else 2
+    begin = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + sequence) - first_token, 0), tokens)
+    return begin // size + of_each * sequence + (begin > 0).to(tl.int32)
 
 
 @triton.jit
@@ -113,8 +121,10 @@ def blocks_of_chunk(
     """The blocks of a program, which are `span` consecutive ones of a sequence or fewer, and their queries of a chunk.
 
     The programs of a sequence that has its first query of the chunk at token a of the chunk begin with the number
-    a // (span * BLOCK_SIZE) + 2 * sequence. L tokens lie in L // (span * BLOCK_SIZE) + 2 times `span` blocks at most,
-    so numbers of two sequences never meet, some programs have nothing, and nothing must be summed to know them.
+    a // (span * BLOCK_SIZE) + sequence, and one more where a > 0. L tokens lie in L // (span * BLOCK_SIZE) + 1 times
+    `span` blocks at most where they begin with a block, as all do but those at the start of the chunk, and in one time
+    more elsewhere. So numbers of two sequences never meet, some programs have nothing, and nothing must be summed to
+    know them. Where sequences have a past, none need begin with a block: 2 * sequence then.
 
     Returns the first token of the sequence in the pack of keys, its first query of the chunk in the pack of queries,
     the positions in the sequence of this and behind the last one of the chunk, and the first block and the end of them.
@@ -126,8 +136,7 @@ def blocks_of_chunk(
     # Invariant: the first program of `low` is <= program, that of `high` is > program.
     while width > 1:
         middle = (low + high) // 2
-        first = tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + middle) - first_token, 0), tokens) // size + 2 * middle
-        after = first <= program
+        after = _first_program(middle, first_token, tokens, size, cu_seqlens_ptr, cu_seqlens_k_ptr) <= program
         low = tl.where(after, middle, low)
         high = tl.where(after, high, middle)
         width = (width + 1) // 2
@@ -136,7 +145,8 @@ def blocks_of_chunk(
     end = tl.minimum(tl.maximum(token_end - first_token, 0), tokens)
     # Position of a query less its place in the chunk.
     ahead = past_of(low, token_start, cu_seqlens_ptr, cu_seqlens_k_ptr) + first_token - token_start
-    first_block = (begin + ahead) // BLOCK_SIZE + (program - begin // size - 2 * low) * span
+    before = _first_program(low, first_token, tokens, size, cu_seqlens_ptr, cu_seqlens_k_ptr)
+    first_block = (begin + ahead) // BLOCK_SIZE + (program - before) * span
     end_block = tl.minimum(first_block + span, (end + ahead + BLOCK_SIZE - 1) // BLOCK_SIZE)
     end_block = tl.where(begin < end, end_block, first_block)
     key_start = tl.load(bounds_of_keys(cu_seqlens_ptr, cu_seqlens_k_ptr) + low)
