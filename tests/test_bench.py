@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+import random
 import weakref
 
 import pytest
@@ -101,6 +102,16 @@ def test_warm_up_is_by_the_wall_clock_and_hands_on_the_time_of_the_host(monkeypa
     # The fake clock adds 1 to what it is told: four runs before any counts.
     assert one.host_ms == 4.0 + 1.0
     assert timing.interleaved({}, clock, EFFORT) == {}
+
+
+def test_rests_of_the_device_are_uneven_and_end():
+    chance = random.Random(0)
+    rests = [timing.rest_s(50.0, chance) for _ in range(50)]
+    assert min(rests) >= 0.05
+    assert max(rests) <= 0.075
+    assert max(rests) - min(rests) >= 0.02
+    assert timing.rest_s(0.0, chance) == 0.0
+    assert {timing.rest_s(700.0, chance) for _ in range(9)} == {0.5}
 
 
 def test_quartiles():

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from bench_runs import row, run
 from flash_sparse_attention import cli
 from flash_sparse_attention.bench.compare import compare
+from flash_sparse_attention.bench.results import Roofline
 
 BASE = {"ours": ("triton", 1.0), "short": ("kv_outer", 0.125), "other": ("cudnn", 2.0)}
 
@@ -126,6 +127,15 @@ def test_warns_of_other_devices_and_versions(tmp_path):
     ):
         assert f"warning: {warning}" in shown
     assert shown.count("warning") == 4
+
+
+def test_warns_of_a_device_that_was_slower_as_a_whole(tmp_path):
+    first, other = times(), dataclasses.replace(times(), roofline=Roofline(3.98, {"bfloat16": 776.0, "float16": 1.0}))
+    shown = invoke(tmp_path, first, other)
+    assert "warning: rate of bfloat16 products (TFLOP/s) differs by -3.0 %: 800 before, 776 after" in shown
+    assert shown.count("warning") == 1
+    slower = dataclasses.replace(times(), roofline=Roofline(3.0))
+    assert "rate of copies (TB/s) differs by -25.0 %: 4 before, 3 after" in invoke(tmp_path, first, slower)
 
 
 def test_times_that_are_no_numbers(tmp_path):

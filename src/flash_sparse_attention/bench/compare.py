@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .results import Report, Row
+from .results import Report, Roofline, Row
 from .sources import row_words
 from .text import value_text
 
 # What differs between any two runs, or is a text about them.
 _IGNORED = {"clocks", "method"}
+# Devices of one kind differ, and one from day to day, and rows with them; less says nothing.
+_SAME_RATE = 0.01
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,20 @@ def _differences(before: Report, after: Report) -> Sequence[str]:
         if values[0] != values[1]:
             texts = ["unknown" if value is None else value_text(value) for value in values]
             found.append(f"{name} differs: {texts[0]} before, {texts[1]} after")
+    rates = [_rates(report.roofline) for report in (before, after)]
+    for name in sorted(rates[0].keys() & rates[1].keys()):
+        first, second = rates[0][name], rates[1][name]
+        more = second / first - 1
+        if abs(more) > _SAME_RATE:
+            found.append(f"{name} differs by {100 * more:+.1f} %: {first:.4g} before, {second:.4g} after")
     return found
+
+
+def _rates(roofline: Roofline) -> dict[str, float]:
+    """What the device reached, by name."""
+    rates = {f"rate of {dtype} products (TFLOP/s)": rate for dtype, rate in roofline.product_tflop_per_s.items()}
+    copies = {} if roofline.copy_tb_per_s is None else {"rate of copies (TB/s)": roofline.copy_tb_per_s}
+    return rates | copies
 
 
 def _flat(environment: dict[str, object]) -> dict[str, object]:

@@ -7,11 +7,15 @@ told apart: where it is the larger one, a run by itself waits for the host. What
 has kept from the runs before.
 
 A GPU at its power limit lowers its clocks, and products of matrices suffer from that more than traffic does. So that
-one variant does not pay for the heat of another, the device rests before each run for as long as the last one took.
+one variant does not pay for the heat of another, the device rests before each run for as long as the last one took, and
+by chance up to half as long again: the limit is kept in steps of time, and runs at even distances may all meet the
+same part of a step. (Full attention by cuDNN, forward, 65,536 tokens of 32/4 heads, one process on an H200: single runs
+took 50.3 to 54.1 ms; at one even distance the median was 50.4 and all were alike, at another one it was 52.1.)
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -27,14 +31,16 @@ Run = Callable[[], object]
 # Writes of 1 GiB before a run. A host that takes longer than the most of them cannot be covered.
 _LEAST_WRITES, _MOST_WRITES = 4, 200
 _LONGEST_REST_MS = 500.0
+# Rests are longer than the run before by up to this share.
+_UNEVEN = 0.5
 
 METHOD = {
     "cuda": (
         "Times are of CUDA events about the launches of a call; the median of the runs and the quartiles are given.",
         "Before each run 4 GiB or more are written, so that no cache holds the inputs and all launches are queued; "
         "the time that the host takes to queue them is told apart.",
-        "Before that the device rests for as long as the run before took (0.5 s at the most), since at its power limit "
-        "it lowers its clocks.",
+        "Before that the device rests for as long as the run before took and by chance up to half as long again (0.5 s "
+        "at the most), since at its power limit it lowers its clocks, in steps that runs at even distances would meet.",
         "All variants of a case are run in turn, after a warm-up of each by time; compilation is timed apart.",
         "Where the quartiles lie further apart than 2 % of the median, it is run four times as often, 6 s at the most "
         "(not with --quick); of what takes longer than that the warm-up counts.",
@@ -67,8 +73,8 @@ class Effort:
     """
 
     warm_up_ms: float = 100.0
-    target_ms: float = 400.0
-    min_repeats: int = 5
+    target_ms: float = 600.0
+    min_repeats: int = 8
     max_repeats: int = 30
     limit_ms: float = 6000.0
     spread: float = 0.02
@@ -83,7 +89,7 @@ class Effort:
         """Number of runs that count of what takes so long.
 
         >>> Effort().repeats(100.0), Effort().repeats(1.0), Effort().repeats(20.0), Effort().repeats(1e4)
-        (5, 30, 20, 2)
+        (8, 30, 30, 2)
         """
         ms = max(ms, 1e-3)
         wanted = min(max(int(self.target_ms / ms), self.min_repeats), self.max_repeats)
@@ -125,12 +131,13 @@ class CudaClock:
         self._flush = torch.empty(1 << 30, dtype=torch.uint8, device=device)
         self._flush.zero_()
         self._write_ms = self._rest_ms = 0.0
+        self._random = random.Random(0)
         self._write_ms = self.time(lambda: self._flush.zero_(), 0.0).ms
 
     def time(self, run: Run, host_ms: float) -> Taken:
         """The time of the device from the first to the last launch of the run."""
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        time.sleep(min(self._rest_ms, _LONGEST_REST_MS) / 1000)
+        time.sleep(rest_s(self._rest_ms, self._random))
         # Half as long again, as the host is not equally fast every time.
         cover = int(1.5 * host_ms / self._write_ms) + 1 if self._write_ms > 0 else 0
         with torch.cuda.device(self._device):
@@ -144,6 +151,17 @@ class CudaClock:
             stop.synchronize()
         self._rest_ms = start.elapsed_time(stop)
         return Taken(self._rest_ms, 1000 * host)
+
+
+def rest_s(last_ms: float, chance: random.Random) -> float:
+    """Seconds of rest after a run of the device.
+
+    >>> 0.1 <= rest_s(100.0, random.Random(0)) <= 0.15
+    True
+    >>> rest_s(2600.0, random.Random(0))
+    0.5
+    """
+    return min(last_ms * chance.uniform(1.0, 1.0 + _UNEVEN), _LONGEST_REST_MS) / 1000
 
 
 class CpuClock:
