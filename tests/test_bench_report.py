@@ -275,6 +275,15 @@ def test_documents(files, tmp_path):
         ),
         ("selected over=flash", ["| 65,536 | 8.00 ms | 13.0x |", "full attention (flash)"]),
         (
+            "selected over=flash|query_outer mean=yes",
+            [
+                "| tokens | forward | gain over flash | gain over query_outer | backward |",
+                "| 65,536 | 8.00 ms | 13.0x | 1.25x | 16.0 ms |",
+                "| mean |  | 7.00x | 1.25x |  |",
+                "Gains are over these in the same run.",
+            ],
+        ),
+        (
             "decode",
             [
                 "| tokens | decode attention | gain | decode step | gain |",
@@ -334,6 +343,8 @@ def test_values(options, shown, files, tmp_path):
         ("<!-- bench:cpu colour=red -->\n<!-- /bench -->", "no row has colour=red; .* none has it"),
         ("<!-- bench:model device=B300 -->\n<!-- /bench -->", "no device 'B300'; there are NVIDIA H200"),
         ("<!-- bench:selected over=cuddn -->\n<!-- /bench -->", "no baseline 'cuddn'; these rows have .*cudnn"),
+        ("<!-- bench:selected over=flash|cuddn -->\n<!-- /bench -->", "no baseline 'cuddn'; these rows have .*cudnn"),
+        ("<!-- bench:selected mean=no|yes -->\n<!-- /bench -->", "mean is yes or no, got 'no[|]yes'"),
         ("<!-- bench:model device=epyc -->\n<!-- /bench -->", "no device 'epyc'; there are NVIDIA H200"),
         (
             "a <!-- bench:value suite=attention tokens=65536 heads=32 -->x<!-- /bench -->",

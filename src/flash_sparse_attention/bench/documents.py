@@ -6,7 +6,8 @@
 
     at 65,536 tokens <!-- bench:value of=gain operator="whole attention" tokens=65536 -->2.64x<!-- /bench -->
 
-What stands between the comments is replaced. Comments in code are left alone. An option `name=a|b` takes both.
+What stands between the comments is replaced. Comments in code are left alone. An option `name=a|b` takes both; with
+`over`, the baseline of a table's gains, each has a column. `mean=yes` adds a line with the mean of the gains.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 
 from . import text
 from .report import largest_error, links_from
@@ -43,7 +45,7 @@ TABLES = {
     "attention": _Table("attention", ("whole attention",), memory=True),
     "selected": _Table("operators", ("selected attention",)),
     "decode": _Table("decode", ("decode attention", "decode step")),
-    "model": _Table("model", ("training step", "prefill")),
+    "model": _Table("model", ("training step", "prefill"), memory=True),
     "cpu": _Table("attention", ("whole attention",), cpu=True, memory=True),
 }
 
@@ -110,7 +112,8 @@ def _options(where: str, words: str) -> dict[str, str]:
 
 def _table(where: str, table: _Table, options: dict[str, str], devices: Sequence[Device], document: Path) -> str:
     """Shape by shape the times of ours and the gains, then the memory, and a line that says what was compared."""
-    over = options.pop("over", None)
+    overs: list[str | None] = [*options.pop("over").split("|")] if "over" in options else [None]
+    with_mean = _switch(where, options, "mean")
     fixed = {"suite": table.suite} | options
     found = []
     for device, rows in _rows(where, fixed, [device for device in devices if (device.kind == "cpu") == table.cpu]):
@@ -142,38 +145,57 @@ def _table(where: str, table: _Table, options: dict[str, str], devices: Sequence
         lines.setdefault(line, row)
         cells[line, column] = row
 
-    gains: list[Gain] = []
+    gains: dict[tuple[tuple[str, str], str | None], list[Gain]] = {
+        (column, over): [] for column in columns for over in overs
+    }
     body = []
     for line, first in lines.items():
         labels = text.labels(first.shape)
         texts = [labels.get(name, "") for name in varying] + ([first.inputs] if several_inputs else [])
         for column in columns:
             cell = cells.get((line, column))
-            gain = None if cell is None else device.gain(cell, over)
-            gains += [] if gain is None else [gain]
-            time = None if cell is None or cell.ms is None else cell.ms.median
-            texts += [text.duration(time), "" if gain is None else text.ratio(gain.ratio)]
+            texts.append(text.duration(None if cell is None or cell.ms is None else cell.ms.median))
+            for over in overs:
+                gain = None if cell is None else device.gain(cell, over)
+                gains[column, over] += [] if gain is None else [gain]
+                texts.append("" if gain is None else text.ratio(gain.ratio))
         texts.append(text.size(_peak(device, table, first)) if table.memory else "")
         body.append(texts)
-    if over is not None and not gains:
-        names = text.listed(gain.other.variant for row in timed for gain in device.gains_of(row))
-        raise ValueError(f"{where}: no baseline {over!r}; these rows have {names or 'none'}")
+    for over in overs:
+        if over is not None and not any(gains[column, over] for column in columns):
+            names = text.listed(gain.other.variant for row in timed for gain in device.gains_of(row))
+            raise ValueError(f"{where}: no baseline {over!r}; these rows have {names or 'none'}")
     header = [*varying, *(["inputs"] if several_inputs else [])]
+    if with_mean:
+        means = ["mean", *[""] * (len(header) - 1)]
+        for column in columns:
+            found_gains = [gains[column, over] for over in overs]
+            means += ["", *(text.ratio(mean(g.ratio for g in some)) if some else "" for some in found_gains)]
+        body.append([*means, ""])
     operators = [operator for operator, _ in columns]
     for operator, direction in columns:
         if len(set(operators)) == 1:
             title = direction
         else:
             title = operator if operators.count(operator) == 1 else f"{operator}, {direction}"
-        header += [title, "gain"]
+        header += [title, *(["gain"] if len(overs) == 1 else [f"gain over {over}" for over in overs])]
     header.append("peak memory")
-    return text.table(header, body) + "\n" + _caption(device, same, timed, gains, document)
+    all_gains = [gain for some in gains.values() for gain in some]
+    return text.table(header, body) + "\n" + _caption(device, same, timed, all_gains, len(overs) > 1, document)
+
+
+def _switch(where: str, options: dict[str, str], name: str) -> bool:
+    """An option that is yes or no; no where it is not given. It is taken out."""
+    value = options.pop(name, "no")
+    if value not in ("yes", "no"):
+        raise ValueError(f"{where}: {name} is yes or no, got {value!r}")
+    return value == "yes"
 
 
 def _caption(
-    device: Device, same: Mapping[str, str], rows: Sequence[Row], gains: Sequence[Gain], document: Path
+    device: Device, same: Mapping[str, str], rows: Sequence[Row], gains: Sequence[Gain], named: bool, document: Path
 ) -> str:
-    """Where, on what, against what, and where the numbers are."""
+    """Where, on what, against what, unless the columns name it, and where the numbers are."""
     link = links_from(document)
     sources = {source.path: source for row in rows for source in [device.source_of(row)]}
     versions = []
@@ -184,7 +206,9 @@ def _caption(
     where = device.name + (f" ({', '.join(versions)})" if versions else "")
     sentences = [f"{where}: {text.in_words(same)}." if same else f"{where}.", "Times are medians."]
     names = Counter(gain.other.variant for gain in gains)
-    if names:
+    if named:
+        sentences.append("Gains are over these in the same run.")
+    elif names:
         common = text.listed(name for name, _ in names.most_common())
         full = all(gain.other.operator == FULL for gain in gains)
         fastest = "the fastest of them for each row" if len(names) > 1 else ""
