@@ -18,6 +18,7 @@ from flash_sparse_attention.bench.sources import read
 
 ROOT = Path(__file__).parent.parent
 RESULTS = sorted(ROOT.glob("benchmarks/results/*/bench*.json"))
+REPEATS = ROOT / "benchmarks" / "results" / "*" / "repeat*.json"
 PAGE, PLOTS = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "benchmarks"
 
 
@@ -475,13 +476,79 @@ def test_this_repository_says_what_its_results_give():
     """Results, page and pictures, and what stands between comments in all documents; nothing while there are none."""
     if not RESULTS:
         return
-    found = read(RESULTS)
+    found = read(RESULTS, ROOT.glob("benchmarks/results/*/repeat*.json"))
     plots = {device.name: figures.plots(device) for device in found}
-    assert PAGE.read_text(encoding="utf-8") == page(found, PAGE, plots, PLOTS)
+    assert PAGE.read_text(encoding="utf-8") == page(found, PAGE, plots, PLOTS, repeats=REPEATS)
     for plot in [plot for each in plots.values() for plot in each]:
         assert (PLOTS / f"{plot.name}.png").exists()
     for document in {*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")} - {PAGE}:
         assert documents.filled(document, found) == document.read_text(encoding="utf-8"), document.name
+
+
+@pytest.fixture
+def second(files, tmp_path):
+    """A second run of the first device, a month later: full attention by cudnn takes 4 % longer, one row 2 %."""
+    change = {"cudnn": 1.04, "query_outer": 1.02}
+    rows = [
+        row if row.ms is None else dataclasses.replace(row, ms=timing(row.ms.median * change.get(row.variant, 1.0)))
+        for row in operator_rows()
+    ]
+    report = run(rows, commit="def5678")
+    path = tmp_path / "results" / "h200" / "repeat_operators.json"
+    dataclasses.replace(report, roofline=dataclasses.replace(report.roofline, copy_tb_per_s=1.0)).save(path)
+    return path
+
+
+def test_second_runs_are_held_against_the_first(files, second, tmp_path):
+    readme, output = tmp_path / "README.md", tmp_path / "docs" / "page.md"
+    readme.write_text(
+        "of two runs <!-- bench:repeats total=yes -->x<!-- /bench --> agree\n\n"
+        "<!-- bench:repeats -->\n<!-- /bench -->\n"
+    )
+    pattern = tmp_path / "results" / "*" / "repeat*.json"
+    invoke(*files, "--repeats", pattern, "--readme", readme, "--output", output)
+    # Both loop orders and flash agree at both lengths and in both directions; the five of cudnn do not.
+    line = "commit | products | within 3 % | most | of |"
+    row = "| abc1234 and def5678 | +0.0 % | 12 of 17 | 4.0 % | operators: full attention, forward, cudnn, 8,192 tokens"
+    assert section(output.read_text(), "### Two runs").count("repeat_operators.json") == 2
+    for piece in (line, row, "[repeat_operators.json](../results/h200/repeat_operators.json)"):
+        assert piece in output.read_text(), piece
+    assert "--repeats 'results/*/repeat*.json' \\\n    --output docs/page.md" in output.read_text()
+    assert "of two runs <!-- bench:repeats total=yes -->12 of 17<!-- /bench --> agree" in readme.read_text()
+    assert row in readme.read_text()
+    invoke(*files, "--repeats", second, "--readme", readme, "--check")
+    # It gives no time to the page, but for these.
+    assert "def5678" not in section(output.read_text(), "### Environment")
+
+
+def test_second_runs_of_nothing(files, second, tmp_path):
+    error = invoke(*files, "--repeats", tmp_path / "no*.json", code=1)
+    assert "--repeats must be the name of a file, or a pattern that files have" in str(error)
+    other = tmp_path / "other.json"
+    run([row("compress", "forward", "triton", 3.0)]).save(other)
+    error = invoke(*files, "--repeats", other, code=1)
+    assert "--repeats must be second runs of what is in the results" in str(error)
+    assert "other.json" in str(error)
+    assert "Two runs" not in page(read(files))
+    short = tmp_path / "short.json"
+    run([row("combine", "forward", "triton", 0.06, tokens=65536, bytes=1.5e8)]).save(short)
+    assert "There was no row of at least 0.2 ms in two runs." in page(read(files, [short]))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a <!-- bench:repeats total=1 -->x<!-- /bench -->", "total is yes or no"),
+        ("a <!-- bench:repeats tokens=1 -->x<!-- /bench -->", "takes device= and total= alone, got tokens"),
+        ("a <!-- bench:repeats device=epyc -->x<!-- /bench -->", "no second run"),
+        ("<!-- bench:repeats total=yes -->x<!-- /bench -->", "must not be the first on its line"),
+    ],
+)
+def test_errors_of_second_runs(content, message, files, second, tmp_path):
+    document = tmp_path / "README.md"
+    document.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        documents.filled(document, read(files, [second]))
 
 
 def test_rows_that_vary_within_a_run_are_counted(tmp_path):

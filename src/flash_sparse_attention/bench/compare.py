@@ -97,9 +97,14 @@ class Comparison:
         """Whether nothing of ours became slower, or stopped running."""
         return not self.regressions and not self.lost
 
+    @property
+    def judged_pairs(self) -> list[Pair]:
+        """Those that are long enough."""
+        return [pair for pair in self.pairs if self.judged(pair)]
+
     def summary(self) -> str:
         """How many rows agree, and the largest deviation."""
-        judged = [pair for pair in self.pairs if self.judged(pair)]
+        judged = self.judged_pairs
         if not judged:
             return f"No row of at least {self.min_ms:g} ms is in both runs."
         agreeing = sum(map(self.agrees, judged))

@@ -6,6 +6,8 @@
 
     at 65,536 tokens <!-- bench:value of=gain operator="whole attention" tokens=65536 -->2.64x<!-- /bench -->
 
+    of two runs <!-- bench:repeats total=yes -->240 of 241<!-- /bench --> rows agree
+
 What stands between the comments is replaced. Comments in code are left alone. An option `name=a|b` takes both; with
 `over`, the baseline of a table's gains, each has a column. `mean=yes` adds a line with the mean of the gains.
 """
@@ -20,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from . import text
+from . import agreement, text
 from .report import largest_error, links_from
 from .results import FULL, Gain, Row
 from .sources import Device, direction_order, distinct
@@ -87,14 +89,18 @@ def _content(where: str, document: Path, content: str, marker: re.Match[str], de
     """What stands behind a comment."""
     name = marker["name"]
     options = _options(where, marker["options"])
-    if name == "value":
+    total = name == "repeats" and _switch(where, options, "total")
+    if name == "value" or total:
         if content[: marker.start()].rpartition("\n")[2].strip(" \t") == "":
             # A comment at the beginning of a line makes the whole line HTML.
             raise ValueError(f"{where}: must not be the first on its line, where Markdown ends the paragraph")
-        return _value(where, options, devices)
-    if name not in TABLES:
-        raise ValueError(f"{where}: there is no such table; there are {', '.join([*TABLES, 'value'])}")
-    body = _table(where, TABLES[name], options, devices, document)
+        return agreement.total(_repeated(where, options, devices)) if total else _value(where, options, devices)
+    if name == "repeats":
+        body = agreement.table(_repeated(where, options, devices), links_from(document))
+    elif name in TABLES:
+        body = _table(where, TABLES[name], options, devices, document)
+    else:
+        raise ValueError(f"{where}: there is no such table; there are {', '.join([*TABLES, 'repeats', 'value'])}")
     newline = "\r\n" if "\r\n" in content else "\n"
     return f"\n\n{body}\n".replace("\n", newline)
 
@@ -182,6 +188,18 @@ def _table(where: str, table: _Table, options: dict[str, str], devices: Sequence
     header.append("peak memory")
     all_gains = [gain for some in gains.values() for gain in some]
     return text.table(header, body) + "\n" + _caption(device, same, timed, all_gains, len(overs) > 1, document)
+
+
+def _repeated(where: str, options: dict[str, str], devices: Sequence[Device]) -> Device:
+    """The one device that has second runs."""
+    name = options.pop("device", "")
+    if options:
+        raise ValueError(f"{where}: takes device= and total= alone, got {', '.join(options)}")
+    found = [device for device in devices if device.repeats and name.lower() in device.name.lower()]
+    if len(found) != 1:
+        names = text.listed(device.name for device in found)
+        raise ValueError(f"{where}: " + (f"there are {names}: choose with device=" if found else "no second run"))
+    return found[0]
 
 
 def _switch(where: str, options: dict[str, str], name: str) -> bool:

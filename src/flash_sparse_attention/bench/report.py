@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from . import text
+from . import agreement, text
 from .figures import Plot
 from .results import FULL, Gain, Row, comparable
 from .sources import Device, Source, direction_order, distinct, row_words, shape_words
@@ -47,6 +47,7 @@ def page(
     plots: Mapping[str, Sequence[Plot]] | None = None,
     folder: Path | None = None,
     svg: bool = False,
+    repeats: Path | None = None,
 ) -> str:
     """The page in Markdown.
 
@@ -56,12 +57,13 @@ def page(
         plots: pictures of a device, by its name.
         folder: where the pictures are.
         svg: the pictures are there as SVG too, which the command on the page then says.
+        repeats: pattern of the files of second runs, likewise.
     """
     link = links_from(output)
     parts = ["# Benchmarks\n", "<!-- Made by `fsa bench report`: what is changed by hand is lost. -->\n"]
     parts.append(f"What `fsa bench` measured on {text.listed(device.name for device in devices)}.\n\n{_LEGEND}\n")
     parts.append(
-        f"This page is what\n\n```bash\n{_command(devices, output, folder, svg)}\n```\n\nmakes of the files.\n"
+        f"This page is what\n\n```bash\n{_command(devices, output, folder, svg, repeats)}\n```\n\nmakes of the files.\n"
     )
     parts.append("".join(f"- [{device.name}](#{_anchor(device.name)})\n" for device in devices))
     for device in devices:
@@ -69,6 +71,7 @@ def page(
         parts += _environment(device, link)
         parts += _pictures((plots or {}).get(device.name, ()), folder, link)
         parts += _steadiness(device)
+        parts += ["### Two runs\n", agreement.table(device, link)] if device.repeats else []
         parts += _where_we_lose(device)
         for suite in distinct(device.rows, "suite"):
             parts += _suite(device, suite)
@@ -98,16 +101,19 @@ def largest_error(row: Row) -> float | None:
     return max((error if text.is_number(error) else math.inf for error in row.check.values()), default=None)
 
 
-def _command(devices: Sequence[Device], output: Path | None, folder: Path | None, svg: bool) -> str:
+def _command(
+    devices: Sequence[Device], output: Path | None, folder: Path | None, svg: bool, repeats: Path | None
+) -> str:
     """What made the page, as typed in the folder that holds all that it names."""
     files = sorted(source.path for device in devices for source in device.sources)
-    written = [path for path in (output, folder) if path is not None]
+    written = [path for path in (output, folder, repeats) if path is not None]
     root = os.path.commonpath([*(path.absolute().parent for path in [*files, *written])])
 
     def named(path: Path) -> str:
         return shlex.quote(Path(os.path.relpath(path, root)).as_posix())
 
-    options = [] if output is None else [f"--output {named(output)}"]
+    options = [] if repeats is None else [f"--repeats {named(repeats)}"]
+    options += [] if output is None else [f"--output {named(output)}"]
     options += [] if folder is None else [f"--plots {named(folder)}" + (" --svg" if svg else "")]
     return " \\\n    ".join(["fsa bench report", *map(named, files), *options])
 

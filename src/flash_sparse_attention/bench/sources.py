@@ -31,10 +31,12 @@ class Device:
     Attributes:
         name: of the device.
         sources: its files, by date.
+        repeats: files of second runs, by name, which those are held against.
     """
 
     name: str
     sources: tuple[Source, ...]
+    repeats: tuple[Source, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -78,6 +80,10 @@ class Device:
         """The file that a row comes from."""
         return self._latest[row.key][0]
 
+    def has(self, row: Row) -> bool:
+        """Whether there is a row with the same key."""
+        return row.key in self._latest
+
     def of_roofline(self, row: Row) -> float | None:
         """Share of what the device reached in the run of this row."""
         return self.source_of(row).report.roofline.fraction(row)
@@ -110,11 +116,15 @@ class Device:
         return found
 
 
-def read(files: Iterable[Path]) -> list[Device]:
+def read(files: Iterable[Path], repeats: Iterable[Path] = ()) -> list[Device]:
     """Result files by device, GPUs first. The order of the files does not matter.
 
+    Args:
+        files: results.
+        repeats: results of second runs.
+
     Raises:
-        ValueError: if there is no file, or one is no result.
+        ValueError: if there is no file, one is no result, or a second run has no row that a first one has.
         OSError: if one cannot be read.
     """
     by_device: dict[str, list[Source]] = {}
@@ -123,7 +133,14 @@ def read(files: Iterable[Path]) -> list[Device]:
         raise bad("FILE", "at least one result of `fsa bench`", "none")
     for source in sorted(sources, key=lambda source: source.report.date):
         by_device.setdefault(source.report.device, []).append(source)
-    devices = [Device(name, tuple(found)) for name, found in by_device.items()]
+    second = [Source(path, read_report(path)) for path in sorted(set(repeats))]
+    devices = [
+        Device(name, tuple(found), tuple(source for source in second if source.report.device == name))
+        for name, found in by_device.items()
+    ]
+    for source in second:
+        if not any(device.has(row) for device in devices if source in device.repeats for row in source.report.rows):
+            raise bad("--repeats", "second runs of what is in the results, on such a device", repr(str(source.path)))
     return sorted(devices, key=lambda device: (device.kind == "cpu", device.name))
 
 

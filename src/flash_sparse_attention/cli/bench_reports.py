@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +31,10 @@ def report(
         list[Path] | None,
         typer.Option(help="Document whose tables and figures between comments are renewed; may be repeated."),
     ] = None,
+    repeats: Annotated[
+        Path | None,
+        typer.Option(metavar="PATTERN", help="Results of second runs, which are held against FILE: a name, * for any."),
+    ] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for pictures, which the page then shows.")] = None,
     svg: Annotated[bool, typer.Option("--svg", help="Pictures as SVG too.")] = False,
     check: Annotated[
@@ -41,9 +46,12 @@ def report(
         raise bad("--svg", "with --plots", "no folder for pictures")
     if check and output is None and plots is None and not readme:
         raise bad("--check", "with --output, --readme or --plots", "none of them", "they say what is checked")
-    devices = read(files)
+    second = [] if repeats is None else sorted(map(Path, glob.glob(str(repeats))))
+    if repeats is not None and not second:
+        raise bad("--repeats", "the name of a file, or a pattern that files have", repr(str(repeats)))
+    devices = read(files, second)
     pictures = {} if plots is None else {device.name: figures.plots(device) for device in devices}
-    written = page(devices, output, pictures, plots, svg)
+    written = page(devices, output, pictures, plots, svg, repeats)
     if output is None and plots is None and not readme:
         print(written, end="")
         return
