@@ -16,6 +16,7 @@ from flash_sparse_attention.cli.tune import describe
 from flash_sparse_attention.impl.triton import measure, tuning
 from flash_sparse_attention.impl.triton.tuning import (
     KvOuterTiles,
+    LoopOrders,
     QueryOuterTiles,
     TunedEntry,
     built_in_tiles,
@@ -47,7 +48,11 @@ def calls(monkeypatch):
         progress(measure.Step("query_outer", 2, 9, tiles.query_outer, 1.5))
         ms = {"kv_outer": {"forward": 1.125, "backward": 2.25}, "query_outer": {"forward": 3.5, "backward": 4.75}}
         ms["built_in"] = {"forward": 1.375, "backward": 2.875}
-        return TunedEntry("GPU", "3.4.0", shape, "kv_outer", tiles, ms)
+        orders = LoopOrders("kv_outer", "kv_outer")
+        if shape.total_tokens == 65536:
+            orders = LoopOrders("query_outer", "kv_outer")
+            ms[str(orders)] = {"forward": 3.5, "backward": 2.625}
+        return TunedEntry("GPU", "3.4.0", shape, orders, tiles, ms)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -70,9 +75,9 @@ def test_defaults(calls, file):
     assert calls == [(shape, torch.device("cuda", 0), 60.0) for shape in shapes]
     assert [entry.shape for entry in read_entries(file)] == shapes
     assert f"Stored in {file}" in shown
-    for text in ("8,192", "65,536", "kv_outer (taken)", "query_outer", "default"):
+    for text in ("8,192", "65,536", "kv_outer (taken)", "query_outer", "default", "backward (taken)", "those of each"):
         assert text in shown
-    for time in ("1.125", "2.250", "3.500", "4.750", "1.375", "2.875"):
+    for time in ("1.125", "2.250", "3.500", "4.750", "1.375", "2.875", "2.625"):
         assert time in shown
     built_in = built_in_tiles(shapes[1])
     for tiles in (built_in.kv_outer_forward, built_in.kv_outer_backward, built_in.query_outer):
@@ -196,7 +201,7 @@ def test_inspect_shows_loop_orders(calls, file):
     assert 'loop_order="auto"' in shown
     assert shown.count("built in") == 8
     shape = tuning.SelectedShape(16384, 8, 4, 16, 64, 128, 128, torch.bfloat16)
-    store(TunedEntry("GPU", "3.4.0", shape, "query_outer", built_in_tiles(shape)))
+    store(TunedEntry("GPU", "3.4.0", shape, LoopOrders("query_outer", "query_outer"), built_in_tiles(shape)))
     shown = run("inspect", "--device", "cpu")
     assert shown.count("tuned at 16,384 tokens") == shown.count("query_outer") == 2
     assert shown.count("built in") == 6

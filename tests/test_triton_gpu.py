@@ -17,11 +17,13 @@ from flash_sparse_attention.impl.triton.inverted_index import Chunks, InvertedIn
 from flash_sparse_attention.impl.triton.measure import Problem
 from flash_sparse_attention.impl.triton.selected_kv_outer import launch_selected_fwd_kv_outer, specialized_kernels
 from flash_sparse_attention.impl.triton.tuning import (
+    QUERY_OUTER_FROM_GROUP,
     WIDE_KEYS,
     WIDE_TILES_OF_OTHERS,
     SelectedShape,
     built_in_tiles,
     interval_schedule,
+    loop_orders_of,
     runs_gluon,
 )
 from graphs import recorded
@@ -116,6 +118,18 @@ def test_bitwise_equal_from_run_to_run_and_whatever_is_kept(loop_order: str):
     for options in ({}, {}, {"save_index": False}):
         again = gradients(*x, indices, loop_order=loop_order, **options)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("heads", [16, 32, 64])
+def test_large_groups_take_each_pass_in_its_order(heads: int):
+    x, indices = inputs(3000, heads, 1), random_selection(3000, 1, 16, 47, "cuda")
+    forward, backward = loop_orders_of(SelectedShape.of(*x[:3], indices, 64), "auto")
+    assert forward == ("query_outer" if heads >= QUERY_OUTER_FROM_GROUP else "kv_outer")
+    by_order = {loop_order: gradients(*x, indices, loop_order=loop_order) for loop_order in LOOP_ORDERS}
+    got = gradients(*x, indices)
+    assert torch.equal(got[0], by_order[forward][0])
+    for a, b in zip(got, by_order[backward], strict=True):
+        assert (a - b).abs().max() / b.abs().max() < 8e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

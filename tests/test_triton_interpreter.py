@@ -216,6 +216,33 @@ def test_chunks_segments_and_a_rebuilt_index_change_nothing(loop_order: str, mon
     assert_same(cut, whole, 1e-6)
 
 
+@pytest.mark.parametrize(("forward", "backward"), [("kv_outer", "query_outer"), ("query_outer", "kv_outer")])
+def test_each_pass_in_an_order_of_its_own(forward: str, backward: str, monkeypatch: pytest.MonkeyPatch):
+    from flash_sparse_attention.impl.triton.ops import selected as ops
+    from flash_sparse_attention.impl.triton.tuning import LoopOrders
+
+    q, k, v = draw(48)
+    indices = random_selection(48, 2, 3, 3)
+    one, other = (outputs_and_gradients(q, k, v, indices, impl="triton", loop_order=x) for x in (forward, backward))
+    asked = []
+
+    def mixed(shape: object, loop_order: str) -> LoopOrders:
+        asked.append(loop_order)
+        return LoopOrders(forward, backward)
+
+    monkeypatch.setattr(ops, "loop_orders_of", mixed)
+    for save_index in (True, False):
+        got = outputs_and_gradients(q, k, v, indices, impl="triton", save_index=save_index)
+        # The forward pass is that of the one order, and the gradients those of the other one but for what it was given.
+        assert all(map(torch.equal, got[:2], one[:2]))
+        assert_same(got, other)
+    assert asked == ["auto"] * 4
+    case = Case((40, 1, 0, 23), 4, 2, 16, 16, config(16, 3), torch.float16)
+    rows = list(judge(case, "cpu", impls=["triton"], operators=["nsa_attention"]))
+    assert len(asked) > 4
+    assert all(row.ok for row in rows), [row for row in rows if not row.ok]
+
+
 def test_chunks_lose_nothing_to_rounding(monkeypatch: pytest.MonkeyPatch):
     from flash_sparse_attention.impl.triton import inverted_index, selected_kv_outer
     from flash_sparse_attention.impl.triton.ops import selected as ops

@@ -19,13 +19,14 @@ pytest.importorskip("triton")
 from flash_sparse_attention.impl.triton import interval, measure, tuning
 from flash_sparse_attention.impl.triton.tuning import (
     KvOuterTiles,
+    LoopOrders,
     QueryOuterTiles,
     SelectedShape,
     SelectedTiles,
     TunedEntry,
     built_in_tiles,
     choice_of,
-    loop_order_of,
+    loop_orders_of,
     read_entries,
     reset_tuning,
     store,
@@ -39,8 +40,9 @@ TILES = SelectedTiles(KvOuterTiles(128, 64, 777, 8, 3, 168), KvOuterTiles(32, 32
 MS = {"kv_outer": {"forward": 1.5, "backward": 2.5}}
 
 
-def entry(device="GPU", tiles=TILES, loop_order="query_outer", **changes) -> TunedEntry:
-    return TunedEntry(device, "3.4.0", SHAPE._replace(**changes), loop_order, tiles, MS)
+def entry(device="GPU", tiles=TILES, loop_order="query_outer", backward=None, **changes) -> TunedEntry:
+    orders = LoopOrders(loop_order, backward or loop_order)
+    return TunedEntry(device, "3.4.0", SHAPE._replace(**changes), orders, tiles, MS)
 
 
 @pytest.fixture(autouse=True)
@@ -68,10 +70,38 @@ def test_round_trip(file):
     assert tiles_of(SHAPE, "GPU") == built_in_tiles(SHAPE)
     assert store(entry()) == file
     assert read_entries(file) == [entry()]
-    assert choice_of(SHAPE, "GPU") == ("query_outer", TILES, entry())
+    assert choice_of(SHAPE, "GPU") == (("query_outer", "query_outer"), TILES, entry())
     assert tiles_of(SHAPE, "GPU") == TILES
-    assert loop_order_of(SHAPE, "auto", "GPU") == "query_outer"
-    assert loop_order_of(SHAPE, "kv_outer", "GPU") == "kv_outer"
+    assert loop_orders_of(SHAPE, "auto", "GPU") == ("query_outer", "query_outer")
+    assert loop_orders_of(SHAPE, "kv_outer", "GPU") == ("kv_outer", "kv_outer")
+
+
+def test_each_pass_may_have_an_order_of_its_own(file):
+    store(entry(backward="kv_outer"))
+    assert read_entries(file) == [entry(backward="kv_outer")]
+    (found,) = json.loads(file.read_text())["entries"]
+    assert found["loop_order"] == {"forward": "query_outer", "backward": "kv_outer"}
+    assert loop_orders_of(SHAPE, "auto", "GPU") == ("query_outer", "kv_outer")
+    assert loop_orders_of(SHAPE, "query_outer", "GPU") == ("query_outer", "query_outer")
+
+
+@pytest.mark.parametrize(
+    ("group", "capability", "changes", "wanted"),
+    [
+        (16, 90, {}, ("kv_outer", "kv_outer")),
+        (16, 80, {}, ("kv_outer", "kv_outer")),
+        (32, 90, {}, ("query_outer", "kv_outer")),
+        (32, 80, {}, ("query_outer", "query_outer")),
+        (32, 90, {"dtype": torch.float32}, ("query_outer", "query_outer")),
+        (32, 90, {"block_size": 32}, ("query_outer", "query_outer")),
+        (32, 90, {"block_size": 128}, ("query_outer", "kv_outer")),
+    ],
+)
+def test_built_in_loop_orders(monkeypatch, group, capability, changes, wanted):
+    """Backward the kernels for Hopper are the faster ones, whatever the group."""
+    monkeypatch.setattr(tuning, "device_capability", lambda: capability)
+    monkeypatch.setattr(tuning, "has_hopper_kernels", lambda dim_k, dim_v, dtype: dtype != torch.float32)
+    assert tuning.built_in_loop_orders(SHAPE._replace(group=group, **changes)) == wanted
 
 
 def test_what_the_file_holds(file):
@@ -101,7 +131,7 @@ def test_what_the_file_holds(file):
 def test_another_shape_is_not_tuned(changes):
     store(entry())
     other = SHAPE._replace(**changes)
-    assert choice_of(other, "GPU") == ("kv_outer", built_in_tiles(other), None)
+    assert choice_of(other, "GPU") == (("kv_outer", "kv_outer"), built_in_tiles(other), None)
 
 
 def test_another_device_is_not_tuned(monkeypatch):
@@ -109,7 +139,7 @@ def test_another_device_is_not_tuned(monkeypatch):
     assert choice_of(SHAPE, "other").entry is None
     monkeypatch.setattr(tuning, "device_name", lambda: "GPU")
     assert tiles_of(SHAPE) == TILES
-    assert loop_order_of(SHAPE, "auto") == "query_outer"
+    assert loop_orders_of(SHAPE, "auto") == ("query_outer", "query_outer")
 
 
 def test_without_a_device_the_built_in_choice_holds(monkeypatch):
@@ -162,7 +192,7 @@ def test_an_entry_replaces_its_own_kind_only(file):
     found = read_entries(file)
     assert len(found) == 4
     assert all(other in found for other in others)
-    assert choice_of(SHAPE, "GPU").loop_order == "kv_outer"
+    assert choice_of(SHAPE, "GPU").loop_orders == ("kv_outer", "kv_outer")
 
 
 @pytest.mark.parametrize("broken", ["json", "replace"])
@@ -217,7 +247,7 @@ def test_a_broken_file_is_ignored_with_one_warning(file, content):
         (("shape", "group"), 0),
         (("shape", "extra"), 1),
         (("total_tokens",), "many"),
-        (("loop_order", "backward"), "kv_outer"),
+        (("loop_order", "backward"), "sideways"),
         (("loop_order",), {"forward": "sideways", "backward": "sideways"}),
         (("tiles", "kv_outer_forward", "rows"), 48),
         (("tiles", "kv_outer_backward", "keys"), 8),
@@ -429,8 +459,8 @@ class FakeProblem:
     def forward(self, loop_order, tiles):
         self.last = self.cost("forward", loop_order, tiles)
 
-    def backward(self, loop_order, tiles):
-        self.last = self.cost("backward", loop_order, tiles)
+    def backward(self, loop_orders, tiles):
+        self.last = self.cost("backward", loop_orders, tiles)
 
     def run(self, kernel, tiles):
         found = self.broken.get((kernel, tiles), 1.0)
@@ -484,18 +514,30 @@ def test_noise_does_not_choose(fake):
     assert found.tiles == built_in_tiles(SHAPE)
 
 
-@pytest.mark.parametrize(("forward", "backward", "wanted"), [(2, -3, "kv_outer"), (3, -2, "query_outer")])
-def test_one_loop_order_for_both_passes(fake, forward, backward, wanted):
-    """The one whose passes take less time together: the query-outer order saves in one, and loses in the other."""
+@pytest.mark.parametrize(
+    ("forward", "backward", "index", "wanted"),
+    [
+        (2, -3, 1, ("query_outer", "kv_outer")),
+        (2, -3, 3, ("kv_outer", "kv_outer")),
+        (3, 2, 1, ("query_outer", "query_outer")),
+        (-3, 2, 1, ("kv_outer", "query_outer")),
+        (0, 0, 0, ("kv_outer", "kv_outer")),
+    ],
+)
+def test_loop_orders_are_those_of_the_least_time_in_all(fake, forward, backward, index, wanted):
+    """The query-outer order saves so much in each pass; behind it, the backward pass builds its index."""
 
     def cost(direction, loop_order, tiles):
-        if loop_order != "query_outer" or direction == "search":
+        if direction == "search":
             return 10.0
-        return 10.0 - (forward if direction == "forward" else backward)
+        if direction == "forward":
+            return 10.0 - forward * (loop_order == "query_outer")
+        return 10.0 - backward * (loop_order.backward == "query_outer") + index * (loop_order.forward == "query_outer")
 
     found, _ = fake(cost)
-    assert found.loop_order == wanted
-    assert found.ms["query_outer"] == {"forward": 10.0 - forward, "backward": 10.0 - backward}
+    assert found.loop_orders == wanted
+    assert found.ms["query_outer"] == {"forward": 10.0 - forward, "backward": 10.0 - backward + index}
+    assert found.ms["query_outer forward, kv_outer backward"] == {"forward": 10.0 - forward, "backward": 10.0 + index}
     assert found.ms["kv_outer"] == found.ms["built_in"] == {"forward": 10.0, "backward": 10.0}
 
 
@@ -535,7 +577,8 @@ def test_without_time_the_built_in_tiles_are_compared(fake):
     found, steps = fake(constant, seconds=0.0, clock=lambda: 1.0)
     assert found.tiles == built_in_tiles(SHAPE)
     assert len(steps) == 3
-    assert found.ms.keys() == {"kv_outer", "query_outer", "built_in"}
+    mixed = {"kv_outer forward, query_outer backward", "query_outer forward, kv_outer backward"}
+    assert found.ms.keys() == {"kv_outer", "query_outer", "built_in", *mixed}
 
 
 def test_the_layout_must_fit():

@@ -321,7 +321,8 @@ def selected_attention(
         softmax_scale: factor of the scores; Dk ** -0.5 by default.
         impl: see the module.
         loop_order: schedule of the kernels: `kv_outer` (FSA: blocks in the outer loop, the queries that selected one in
-            the inner loop), `query_outer` (NSA: the reverse), or `auto`, which takes what is faster for the shape.
+            the inner loop), `query_outer` (NSA: the reverse), or `auto`, which takes what is faster for the shape in
+            each pass.
         workspace_mib: what the Triton kernels may take beyond inputs, outputs and what is saved, MiB; less costs time.
             Partial results keep a quarter of it, however long the sequence: 1024 are enough for 1,048,576 tokens of 32
             query and 8 key/value heads in half precision. Others ignore it.

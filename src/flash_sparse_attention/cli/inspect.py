@@ -253,7 +253,7 @@ def _print_loop_orders() -> None:
             choice = tuning.choice_of(shape)
             tuned = tuned or choice.entry is not None
             origin = "built in" if choice.entry is None else f"tuned at {choice.entry.shape.total_tokens:,} tokens"
-            table.add_row(str(group), f"{length:,}", choice.loop_order, origin)
+            table.add_row(str(group), f"{length:,}", str(choice.loop_orders), origin)
     console = Console(markup=False, highlight=False)
     console.print(table)
     if tuned:

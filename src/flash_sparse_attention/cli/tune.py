@@ -146,7 +146,7 @@ def _count(number: int, what: str) -> str:
 
 
 def _print_table(entries: Sequence[Any], loop_orders: Sequence[str], console: Console) -> None:
-    """For each length both loop orders with the best tiles, and the built-in choice."""
+    """For each length both loop orders with the best tiles, those taken if passes differ, and the built-in choice."""
     table = Table(box=None, pad_edge=False)
     table.add_column("tokens", justify="right")
     table.add_column("loop order")
@@ -162,10 +162,13 @@ def _print_table(entries: Sequence[Any], loop_orders: Sequence[str], console: Co
             *((order, order, tiles[order]) for order in loop_orders),
             ("built_in", "default", "the built-in choice"),
         ]
+        chosen = str(entry.loop_orders)
+        if chosen not in tiles:
+            rows.insert(len(loop_orders), (chosen, chosen, "those of each"))
         for number, (schedule, name, text) in enumerate(rows):
             tokens = "" if number else f"{entry.shape.total_tokens:,}"
             times = [f"{entry.ms[schedule][direction]:.3f}" for direction in ("forward", "backward")]
-            taken = schedule == entry.loop_order
+            taken = schedule == chosen
             table.add_row(tokens, f"{name} (taken)" if taken else name, *times, text, style="bold" if taken else None)
         table.add_section()
     console.print(table)

@@ -2,7 +2,7 @@
 
 for each kernel:   built-in tiles -> ms          what the others are held against, in time and in value
                    candidate      -> ms | why it is out: does not compile, too large, other values
-then both loop orders with the best tiles, forward and backward as a call runs them
+then each loop order forward with each one backward, with the best tiles, as calls run them
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -33,11 +34,12 @@ from .tuning import (
     WIDE_KEYS,
     WIDE_TILES_OF_OTHERS,
     KvOuterTiles,
+    LoopOrders,
     QueryOuterTiles,
     SelectedShape,
     SelectedTiles,
     TunedEntry,
-    built_in_loop_order,
+    built_in_loop_orders,
     built_in_tiles,
 )
 
@@ -152,7 +154,7 @@ def tune(
         layout: of its tokens; one sequence by default.
         device: where to measure, the current CUDA device.
         seconds: after which no more candidates are begun. Each kernel has a third, and what those before it left. The
-            inputs come on top, and so do both loop orders, which are always measured, as the built-in tiles are.
+            inputs come on top, and so do the loop orders, which are always measured, as the built-in tiles are.
         progress: called after each candidate.
 
     Raises:
@@ -176,11 +178,13 @@ def tune(
         ),
         _Search("query_outer", problem.query_outer, shape.dtype, ends[2], report).best(tried.query_outer),
     )
-    ms = {order: _pass_ms(problem, order, tiles) for order in LOOP_ORDERS}
-    ms["built_in"] = _pass_ms(problem, built_in_loop_order(shape), built_in)
-    loop_order = min(LOOP_ORDERS, key=lambda order: sum(ms[order].values()))
+    # Those that are the same in both passes first, so that they are taken where others save nothing.
+    tried_orders = sorted(map(LoopOrders._make, product(LOOP_ORDERS, repeat=2)), key=lambda two: two[0] != two[1])
+    ms = {str(orders): _pass_ms(problem, orders, tiles) for orders in tried_orders}
+    ms["built_in"] = _pass_ms(problem, built_in_loop_orders(shape), built_in)
+    loop_orders = min(tried_orders, key=lambda orders: sum(ms[str(orders)].values()))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return TunedEntry(name, triton.__version__, shape, loop_order, tiles, ms)
+    return TunedEntry(name, triton.__version__, shape, loop_orders, tiles, ms)
 
 
 def time_ms(launch: Callable[[], object]) -> float:
@@ -289,16 +293,17 @@ class Problem:
             forward = self.q, self.k, self.v, self.block_indices, self.build()
             launch_selected_fwd_kv_outer(*forward, *self.sizes, tiles.kv_outer_forward)
 
-    def backward(self, loop_order: str, tiles: SelectedTiles) -> None:
-        """All that a backward pass launches; the query-outer order builds its index here."""
+    def backward(self, loop_orders: LoopOrders, tiles: SelectedTiles) -> None:
+        """All that a backward pass launches; behind a forward pass in the query-outer order it builds the index."""
         launch_shifts(self.d_out, torch.zeros_like(self.lse), self.d_out, self.lse)
-        if loop_order == "query_outer":
-            index = self.build()
+        index = self.build() if loop_orders.forward == "query_outer" else self.index
+        dq = None
+        if loop_orders.backward == "query_outer":
             given = *self.given, self.block_indices, index.place
             launch_selected_dq_query_outer(*given, *self.sizes, tiles.query_outer)
-            launch_selected_bwd_kv_outer(*self.given, index, *self.sizes, tiles.kv_outer_backward, None)
         else:
-            self.kv_outer_backward(tiles.kv_outer_backward)
+            dq = torch.empty_like(self.q)
+        launch_selected_bwd_kv_outer(*self.given, index, *self.sizes, tiles.kv_outer_backward, dq)
 
 
 def random_selection(shape: SelectedShape, layout: SequenceLayout, generator: torch.Generator) -> Tensor:
@@ -363,8 +368,8 @@ def _relative_error(found: Tensor, wanted: Tensor) -> float:
     return float(error / largest) if error != 0 else 0.0
 
 
-def _pass_ms(problem: Problem, loop_order: str, tiles: SelectedTiles) -> dict[str, float]:
+def _pass_ms(problem: Problem, loop_orders: LoopOrders, tiles: SelectedTiles) -> dict[str, float]:
     return {
-        "forward": time_ms(lambda: problem.forward(loop_order, tiles)),
-        "backward": time_ms(lambda: problem.backward(loop_order, tiles)),
+        "forward": time_ms(lambda: problem.forward(loop_orders.forward, tiles)),
+        "backward": time_ms(lambda: problem.backward(loop_orders, tiles)),
     }

@@ -27,7 +27,7 @@ import triton
 from torch import Tensor
 
 from ...config import NSAConfig
-from ...validation import bad, check_positive
+from ...validation import bad, check_choice, check_positive
 from .primitives import padded
 
 LOOP_ORDERS = ("kv_outer", "query_outer")
@@ -284,6 +284,22 @@ class IntervalSchedule(NamedTuple):
     dkv: IntervalTiles
 
 
+class LoopOrders(NamedTuple):
+    """The loop order of each pass, of `LOOP_ORDERS`.
+
+    >>> str(LoopOrders("kv_outer", "kv_outer")), str(LoopOrders("query_outer", "kv_outer"))
+    ('kv_outer', 'query_outer forward, kv_outer backward')
+    """
+
+    forward: str
+    backward: str
+
+    def __str__(self) -> str:
+        if self.forward == self.backward:
+            return self.forward
+        return f"{self.forward} forward, {self.backward} backward"
+
+
 @dataclass(frozen=True)
 class TunedEntry:
     """What was measured for a shape on a device.
@@ -292,7 +308,7 @@ class TunedEntry:
         device: name of the device, as PyTorch has it.
         triton: version of Triton, for the reader.
         shape: what was measured.
-        loop_order: the one whose forward and backward pass take less time together.
+        loop_orders: those whose forward and backward pass take the least time together.
         tiles: the fastest ones.
         ms: measured times, schedule -> `forward` and `backward` -> ms.
     """
@@ -300,7 +316,7 @@ class TunedEntry:
     device: str
     triton: str
     shape: SelectedShape
-    loop_order: str
+    loop_orders: LoopOrders
     tiles: SelectedTiles
     ms: dict[str, dict[str, float]] = field(default_factory=dict, hash=False)
 
@@ -318,7 +334,7 @@ class TunedEntry:
             "triton": self.triton,
             "shape": {**shape, "dtype": str(self.shape.dtype).removeprefix("torch.")},
             "total_tokens": total_tokens,
-            "loop_order": {"forward": self.loop_order, "backward": self.loop_order},
+            "loop_order": self.loop_orders._asdict(),
             "tiles": asdict(self.tiles),
             "ms": self.ms,
         }
@@ -338,9 +354,9 @@ class TunedEntry:
         for name, size in shape._asdict().items():
             if name != "dtype":
                 check_positive(name, size)
-        forward, backward = values["loop_order"]["forward"], values["loop_order"]["backward"]
-        if forward != backward or forward not in LOOP_ORDERS:
-            raise bad("loop_order", f"one of {', '.join(LOOP_ORDERS)} in both passes", f"{forward}, {backward}")
+        loop_orders = LoopOrders(values["loop_order"]["forward"], values["loop_order"]["backward"])
+        for loop_order in loop_orders:
+            check_choice("loop_order", loop_order, LOOP_ORDERS)
         tiles = values["tiles"]
         chosen = SelectedTiles(
             KvOuterTiles(**tiles["kv_outer_forward"]),
@@ -355,13 +371,13 @@ class TunedEntry:
             str(schedule): {str(name): float(time) for name, time in times.items()}
             for schedule, times in values["ms"].items()
         }
-        return cls(str(values["device"]), str(values["triton"]), shape, forward, chosen, ms)
+        return cls(str(values["device"]), str(values["triton"]), shape, loop_orders, chosen, ms)
 
 
 class Choice(NamedTuple):
     """The schedule of a shape, and the entry that it comes from; None if it is built in."""
 
-    loop_order: str
+    loop_orders: LoopOrders
     tiles: SelectedTiles
     entry: TunedEntry | None
 
@@ -371,9 +387,9 @@ def tiles_of(shape: SelectedShape, device: str | None = None) -> SelectedTiles:
     return choice_of(shape, device).tiles
 
 
-def loop_order_of(shape: SelectedShape, loop_order: str, device: str | None = None) -> str:
-    """The loop order that a choice (`auto`, `kv_outer` or `query_outer`) means for a shape, on a device."""
-    return choice_of(shape, device).loop_order if loop_order == "auto" else loop_order
+def loop_orders_of(shape: SelectedShape, loop_order: str, device: str | None = None) -> LoopOrders:
+    """The loop orders that a choice (`auto`, `kv_outer` or `query_outer`) means for a shape, on a device."""
+    return choice_of(shape, device).loop_orders if loop_order == "auto" else LoopOrders(loop_order, loop_order)
 
 
 def choice_of(shape: SelectedShape, device: str | None = None) -> Choice:
@@ -390,8 +406,8 @@ def _choice_of(shape: SelectedShape, device: str) -> Choice:
         fixed: dict[str, Any] = {name: int(getattr(shape, name)) for name in _FIXED_SIZES}
         for first, last, entry in ranges.get((device, shape._replace(total_tokens=0, **fixed)), ()):
             if first <= shape.total_tokens <= last:
-                return Choice(entry.loop_order, entry.tiles, entry)
-    return Choice(built_in_loop_order(shape), built_in_tiles(shape), None)
+                return Choice(entry.loop_orders, entry.tiles, entry)
+    return Choice(built_in_loop_orders(shape), built_in_tiles(shape), None)
 
 
 # Heads of a group from which the query-outer order is the faster one. It reads each block once for every token and kv
@@ -399,13 +415,15 @@ def _choice_of(shape: SelectedShape, device: str) -> Choice:
 # forward + backward, 65,536 tokens, heads of 128, T = 16 (KV-outer | query-outer): G = 1 (4/4 heads) 1.2 + 1.7 | 17.2 +
 # 18.0; G = 4 (32/8) 7.9 + 13.6 | 34.6 + 40.2; G = 8 (32/4) 7.8 + 14.7 | 17.1 + 24.1; G = 16 (64/4) 14.8 + 28.8 | 16.7 +
 # 30.6; G = 32 (64/2) 14.8 + 32.5 | 11.3 + 26.9; G = 64 (64/1) 15.2 + 37.1 | 9.4 + 36.9. At 4,096 tokens as well: G = 16
-# 0.80 + 1.50 | 1.02 + 1.79; G = 32 0.82 + 1.54 | 0.71 + 1.50.
+# 0.80 + 1.50 | 1.02 + 1.79; G = 32 0.82 + 1.54 | 0.71 + 1.50. With the kernels of `selected_hopper` KV-outer is the
+# faster one backward: G = 32 (64/2) 19.7 | 24.8.
 QUERY_OUTER_FROM_GROUP = 32
 
 
-def built_in_loop_order(shape: SelectedShape) -> str:
-    """The loop order that `auto` takes where nothing was tuned; measured on sm_90, and taken for all architectures."""
-    return "query_outer" if shape.group >= QUERY_OUTER_FROM_GROUP else "kv_outer"
+def built_in_loop_orders(shape: SelectedShape) -> LoopOrders:
+    """The loop orders that `auto` takes where nothing was tuned; measured on sm_90, and taken for all architectures."""
+    forward = "query_outer" if shape.group >= QUERY_OUTER_FROM_GROUP else "kv_outer"
+    return LoopOrders(forward, "kv_outer" if _specializes(shape) else forward)
 
 
 # Slots of a selection from which near blocks have a kernel of their own, which costs as much as two slots do with the
@@ -436,7 +454,7 @@ def built_in_tiles(shape: SelectedShape) -> SelectedTiles:
     # 4,096: 0.67. Blocks of 128 at once: 1.91 with 2 stages, 2.40 with 1 and bounded registers, by halves 3.26.
     segment_rows = 2048 if rows >= 1 << 24 and group < 16 else 1024
     forward = KvOuterTiles(64, min(64, block), max(1, segment_rows // group), 4, 1, 128)
-    specialized = _can_specialize(shape) and device_capability() == 90
+    specialized = _specializes(shape)
     if specialized and shape.block_size == 64:
         # Kernels of `selected_hopper`: 3.58 so; rows of a segment 2,048: 3.68, 8,192: 3.69. At 8,192 tokens 2,048 rows:
         # 0.401, 1,024: 0.404, 4,096: 0.423. With 64/4 heads the whole forward pass 12.00, 2,048 rows: 12.05.
@@ -462,6 +480,11 @@ def built_in_tiles(shape: SelectedShape) -> SelectedTiles:
     segment_rows = (8192 if enough else 4096) * (2 if specialized and shape.block_size == keys else 1)
     backward = KvOuterTiles(64, keys, max(1, segment_rows // group), 4, 2, specialized=specialized)
     return SelectedTiles(forward, backward, QueryOuterTiles(min(64, block), 2, 2))
+
+
+def _specializes(shape: SelectedShape) -> bool:
+    """Whether the built-in tiles of the KV-outer order, backward at the least, are those of `selected_hopper`."""
+    return _can_specialize(shape) and device_capability() == 90
 
 
 def _can_specialize(shape: SelectedShape) -> bool:

@@ -13,7 +13,7 @@ from ..inverted_index import Chunks, InvertedIndex, build_index, mark_valid
 from ..primitives import dense_rows, on_its_device
 from ..selected_kv_outer import launch_selected_bwd_kv_outer, launch_selected_fwd_kv_outer, takes_near_kernels
 from ..selected_query_outer import launch_selected_dq_query_outer, launch_selected_fwd_query_outer
-from ..tuning import SelectedShape, loop_order_of, tiles_of
+from ..tuning import SelectedShape, loop_orders_of, tiles_of
 from .interval import query_and_key_bounds
 
 MAX_PAIRS = 2**31
@@ -40,7 +40,7 @@ def selected_attention(
         block_size: tokens of a block.
         layout: of the N queries, the last tokens of their sequences.
         softmax_scale: factor of the scores.
-        loop_order: `kv_outer`, `query_outer`, or `auto`, which takes what was measured to be faster.
+        loop_order: `kv_outer`, `query_outer`, or `auto`, which takes what was measured to be faster in each pass.
         workspace_mib: bound of the partial results that the KV-outer order keeps at a time, MiB.
         save_index: keep the inverted index for the backward pass; otherwise it is built again.
 
@@ -96,7 +96,7 @@ def attend_selected(
     """As `_selected_attention`, for tensors whose rows are dense, by a saved index if there is one."""
     shape = SelectedShape.of(q, k, v, block_indices, block_size)
     tiles = tiles_of(shape)
-    if loop_order_of(shape, loop_order) == "query_outer":
+    if loop_orders_of(shape, loop_order).forward == "query_outer":
         place = mark_valid(block_indices, cu_seqlens, block_size, cu_seqlens_k)
         out, lse = launch_selected_fwd_query_outer(
             q, k, v, block_indices, place, cu_seqlens, block_size, softmax_scale, tiles.query_outer, cu_seqlens_k
@@ -170,7 +170,7 @@ def differentiate_selected(
     index = _index(shape, block_indices, k.shape[0], cu_seqlens, cu_seqlens_k, block_size, workspace_mib, saved)
     sizes = cu_seqlens, block_size, softmax_scale
     given = d_out, q, k, v, shift, delta
-    if loop_order_of(shape, loop_order) == "query_outer":
+    if loop_orders_of(shape, loop_order).backward == "query_outer":
         dq = launch_selected_dq_query_outer(*given, block_indices, index.place, *sizes, tiles.query_outer, cu_seqlens_k)
         dk, dv = launch_selected_bwd_kv_outer(*given, index, *sizes, tiles.kv_outer_backward, None, cu_seqlens_k)
         return dq, dk, dv
@@ -191,7 +191,7 @@ def kept_index(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Storage for the inverted index that a forward pass keeps: place, pairs, bucket_ends; empty if it builds none."""
     shape = SelectedShape.of(q, k, v, block_indices, block_size)
-    if loop_order_of(shape, loop_order) == "query_outer":
+    if loop_orders_of(shape, loop_order).forward == "query_outer":
         return nothing(q)
     chunks = chunks_of(shape, block_indices, k.shape[0], cu_seqlens, workspace_mib)
     place, pairs = block_indices.new_empty(block_indices.shape), block_indices.new_empty(block_indices.numel())
