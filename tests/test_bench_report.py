@@ -529,6 +529,8 @@ def test_second_runs_of_nothing(files, second, tmp_path):
     error = invoke(*files, "--repeats", other, code=1)
     assert "--repeats must be second runs of what is in the results" in str(error)
     assert "other.json" in str(error)
+    error = invoke(*files, second, "--repeats", second, code=1)
+    assert "--repeats must be other files than FILE" in str(error)
     assert "Two runs" not in page(read(files))
     short = tmp_path / "short.json"
     run([row("combine", "forward", "triton", 0.06, tokens=65536, bytes=1.5e8)]).save(short)

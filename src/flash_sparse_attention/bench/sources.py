@@ -11,7 +11,7 @@ from typing import Any
 
 from ..validation import bad
 from .results import FULL, Gain, Report, Row
-from .text import in_words, is_number, labels
+from .text import in_words, is_number, labels, listed
 
 _DIRECTIONS = ("forward", "backward", "both", "step")
 
@@ -124,7 +124,8 @@ def read(files: Iterable[Path], repeats: Iterable[Path] = ()) -> list[Device]:
         repeats: results of second runs.
 
     Raises:
-        ValueError: if there is no file, one is no result, or a second run has no row that a first one has.
+        ValueError: if there is no file, one is no result, one is given as both, or a second run has no row that a first
+            one has.
         OSError: if one cannot be read.
     """
     by_device: dict[str, list[Source]] = {}
@@ -133,7 +134,11 @@ def read(files: Iterable[Path], repeats: Iterable[Path] = ()) -> list[Device]:
         raise bad("FILE", "at least one result of `fsa bench`", "none")
     for source in sorted(sources, key=lambda source: source.report.date):
         by_device.setdefault(source.report.device, []).append(source)
-    second = [Source(path, read_report(path)) for path in sorted(set(repeats))]
+    repeats = sorted(set(repeats))
+    both = {path.resolve() for path in repeats} & {source.path.resolve() for source in sources}
+    if both:
+        raise bad("--repeats", "other files than FILE", listed(map(str, sorted(both))))
+    second = [Source(path, read_report(path)) for path in repeats]
     devices = [
         Device(name, tuple(found), tuple(source for source in second if source.report.device == name))
         for name, found in by_device.items()
