@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 from typer.testing import CliRunner
@@ -136,6 +137,9 @@ def test_warns_of_a_device_that_was_slower_as_a_whole(tmp_path):
     assert shown.count("warning") == 1
     slower = dataclasses.replace(times(), roofline=Roofline(3.0))
     assert "rate of copies (TB/s) differs by -25.0 %: 4 before, 3 after" in invoke(tmp_path, first, slower)
+    # What is no rate says nothing.
+    odd = dataclasses.replace(times(), roofline=Roofline(0.0, {"bfloat16": math.nan}))
+    assert "warning" not in invoke(tmp_path, odd, first)
 
 
 def test_times_that_are_no_numbers(tmp_path):

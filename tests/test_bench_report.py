@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -508,13 +509,14 @@ def test_second_runs_are_held_against_the_first(files, second, tmp_path):
     pattern = tmp_path / "results" / "*" / "repeat*.json"
     invoke(*files, "--repeats", pattern, "--readme", readme, "--output", output)
     # Both loop orders and flash agree at both lengths and in both directions; the five of cudnn do not.
-    line = "commit | products | within 3 % | most | of |"
+    line = "| run | other run | commit | products | within 3 % | most | of |"
     row = "| abc1234 and def5678 | +0.0 % | 12 of 17 | 4.0 % | operators: full attention, forward, cudnn, 8,192 tokens"
     assert section(output.read_text(), "### Two runs").count("repeat_operators.json") == 2
     for piece in (line, row, "[repeat_operators.json](../results/h200/repeat_operators.json)"):
         assert piece in output.read_text(), piece
     assert "--repeats 'results/*/repeat*.json' \\\n    --output docs/page.md" in output.read_text()
-    assert "of two runs <!-- bench:repeats total=yes -->12 of 17<!-- /bench --> agree" in readme.read_text()
+    # In words, only what ran at the same commit.
+    assert "of two runs <!-- bench:repeats total=yes -->0 of 0<!-- /bench --> agree" in readme.read_text()
     assert row in readme.read_text()
     invoke(*files, "--repeats", second, "--readme", readme, "--check")
     # It gives no time to the page, but for these.
@@ -534,7 +536,49 @@ def test_second_runs_of_nothing(files, second, tmp_path):
     assert "Two runs" not in page(read(files))
     short = tmp_path / "short.json"
     run([row("combine", "forward", "triton", 0.06, tokens=65536, bytes=1.5e8)]).save(short)
-    assert "There was no row of at least 0.2 ms in two runs." in page(read(files, [short]))
+    assert "No row of two runs is long enough." in page(read(files, [short]))
+
+
+def test_second_runs_of_one_commit_files_that_share_rows_and_what_was_lost(tmp_path):
+    """Each row counts once, with the file that has the newest; one that had a time and is skipped does not agree."""
+    names = ("kv_outer", "query_outer", "cudnn")
+    old = [row("combine", "forward", name, 1.0, tokens=64) for name in names]
+    new = [row("combine", "forward", "kv_outer", 2.0, tokens=64)]
+    found = [tmp_path / name for name in ("bench_old.json", "bench_new.json", "repeat.json", "[of] elsewhere.json")]
+    run(old, date="2026-11-01").save(found[0])
+    run(new, date="2026-11-02").save(found[1])
+    again = [row("combine", "forward", "kv_outer", 2.02, tokens=64), *old[1:]]
+    run(again, date="2026-11-03").save(found[2])
+    run([row("compress", "forward", "triton", 1.0)], date="2026-11-03").save(found[3])
+    document = tmp_path / "README.md"
+    document.write_text("ran: <!-- bench:repeats total=yes -->x<!-- /bench -->")
+    devices = read(found[:2], found[2:])
+    assert ">3 of 3<" in documents.filled(document, devices)
+    shown = section(page(devices), "### Two runs")
+    for name, rows, most in (("bench_new", 1, "1.0"), ("bench_old", 2, "0.0")):
+        files = f"[{name}.json]({name}.json) | [repeat.json](repeat.json)"
+        assert f"{files} | abc1234 | +0.0 % | {rows} of {rows} | {most} % |" in shown
+    assert "elsewhere" not in shown
+    lost = dataclasses.replace(again[0], ms=None, skipped="too large")
+    run([lost, *old[1:]], date="2026-11-03").save(found[2])
+    assert ">2 of 3<" in documents.filled(document, read(found[:2], [found[2]]))
+    invoke(found[0], "--repeats", found[2], "--readme", document)
+    assert ">2 of 3<" in document.read_text()
+    assert "2 of 3, 1 skipped" in page(read(found[:1], [found[2]]))
+    shutil.copy(found[0], found[3])
+    invoke(found[0], "--repeats", found[3], "--readme", document)
+    assert ">3 of 3<" in document.read_text()
+
+
+def test_means_are_of_what_all_lines_have(files, tmp_path):
+    document = tmp_path / "README.md"
+    document.write_text("<!-- bench:selected over=flash|cudnn mean=yes tokens=65536 -->\n<!-- /bench -->\n")
+    assert "mean" not in documents.filled(document, read(files)).split("-->", 1)[1]
+    rows = [one for one in operator_rows() if (one.variant, one.shape["tokens"]) != ("flash", 8192)]
+    document.write_text("<!-- bench:selected over=flash|cudnn mean=yes -->\n<!-- /bench -->\n")
+    filled = documents.filled(document, devices(tmp_path, run(rows)))
+    # 0.5x and 6.5x over cudnn; flash has one time alone.
+    assert "| mean |  |  | 3.50x |  |  | 3.50x |" in filled
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import text
-from .compare import Comparison, compare
+from .compare import Comparison, compare, rates_of
 from .results import Report
 from .sources import Device, Source, row_words
 
-NOTHING = "There was no row of at least 0.2 ms in two runs.\n"
+NOTHING = "No row of two runs is long enough.\n"
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,17 @@ class Agreement:
     first: Source
     second: Source
     comparison: Comparison
+
+    @property
+    def commits(self) -> tuple[object, object]:
+        """Of the sources; None where it is not known."""
+        first, second = (source.report.environment.get("commit") for source in (self.first, self.second))
+        return first, second
+
+    @property
+    def agreeing(self) -> int:
+        """Rows that are long enough, and agree."""
+        return sum(map(self.comparison.agrees, self.comparison.judged_pairs))
 
 
 def agreements(device: Device) -> list[Agreement]:
@@ -49,41 +60,43 @@ def table(device: Device, link: Callable[[Path], str]) -> str:
         if not judged:
             continue
         worst = max(judged, key=lambda pair: pair.deviation)
+        lost = len(agreement.comparison.lost)
         files = [f"[{source.path.name}]({link(source.path)})" for source in (agreement.first, agreement.second)]
-        commits = [source.report.environment.get("commit") for source in (agreement.first, agreement.second)]
+        threshold, min_ms = agreement.comparison.threshold, agreement.comparison.min_ms
         lines.append(
             [
                 *files,
-                text.listed(dict.fromkeys(str(commit) for commit in commits if commit)),
+                text.listed(dict.fromkeys(str(commit or "unknown") for commit in agreement.commits)),
                 _products(agreement.first.report, agreement.second.report),
-                f"{sum(map(agreement.comparison.agrees, judged))} of {len(judged)}",
+                f"{agreement.agreeing} of {len(judged) + lost}" + (f", {lost} skipped" if lost else ""),
                 f"{100 * worst.deviation:.1f} %",
                 row_words(worst.after),
             ]
         )
     if not lines:
         return NOTHING
-    header = ["first run", "second run", "commit", "products", "within 3 %", "most", "of"]
+    header = ["run", "other run", "commit", "products", f"within {100 * threshold:g} %", "most", "of"]
     legend = (
-        "Rows of at least 0.2 ms whose medians are within 3 % of one another, and the one that deviates most, as "
-        "`fsa bench compare` has it. *Products* is how much faster the device was in products of matrices in the "
-        "second run: other GPUs of the same kind, and hotter ones, differ.\n"
+        f"Rows of at least {min_ms:g} ms whose medians are within {100 * threshold:g} % of one another, and the one "
+        "that deviates most, as `fsa bench compare` has it. *Products* is how much faster the device was in products "
+        "of matrices in the other run: other GPUs of the same kind differ, and hotter ones.\n"
     )
     return text.table(header, lines) + "\n" + legend
 
 
 def total(device: Device) -> str:
-    """`240 of 241`: rows of all second runs that agree, of those that are long enough."""
-    comparisons = [agreement.comparison for agreement in agreements(device)]
-    agreeing = sum(comparison.agrees(pair) for comparison in comparisons for pair in comparison.judged_pairs)
-    return f"{agreeing:,} of {sum(len(comparison.judged_pairs) for comparison in comparisons):,}"
+    """`240 of 241`: rows of all second runs of the same commit that agree, of those that are long enough."""
+    same = [agreement for agreement in agreements(device) if agreement.commits[0] == agreement.commits[1]]
+    rows = sum(len(agreement.comparison.judged_pairs) + len(agreement.comparison.lost) for agreement in same)
+    return f"{sum(agreement.agreeing for agreement in same):,} of {rows:,}"
 
 
 def _products(first: Report, second: Report) -> str:
     """`+2.6 %`: of the fastest dtype that both measured."""
-    rates = [report.roofline.product_tflop_per_s for report in (first, second)]
-    both = rates[0].keys() & rates[1].keys()
+    rates = [rates_of(report.roofline) for report in (first, second)]
+    both = [name for name in rates[0] if name in rates[1] and "products" in name]
     if not both:
         return ""
-    dtype = max(both, key=lambda name: rates[0][name])
-    return f"{100 * (rates[1][dtype] / rates[0][dtype] - 1):+.1f} %"
+    fastest = max(both, key=lambda name: rates[0][name])
+    # No -0.0.
+    return f"{round(100 * (rates[1][fastest] / rates[0][fastest] - 1), 1) + 0.0:+.1f} %"

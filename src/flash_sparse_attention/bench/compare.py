@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .results import Report, Roofline, Row
 from .sources import row_words
-from .text import value_text
+from .text import is_number, value_text
 
 # What differs between any two runs, or is a text about them.
 _IGNORED = {"clocks", "method"}
@@ -156,7 +156,7 @@ def _differences(before: Report, after: Report) -> Sequence[str]:
         if values[0] != values[1]:
             texts = ["unknown" if value is None else value_text(value) for value in values]
             found.append(f"{name} differs: {texts[0]} before, {texts[1]} after")
-    rates = [_rates(report.roofline) for report in (before, after)]
+    rates = [rates_of(report.roofline) for report in (before, after)]
     for name in sorted(rates[0].keys() & rates[1].keys()):
         first, second = rates[0][name], rates[1][name]
         more = second / first - 1
@@ -165,11 +165,11 @@ def _differences(before: Report, after: Report) -> Sequence[str]:
     return found
 
 
-def _rates(roofline: Roofline) -> dict[str, float]:
-    """What the device reached, by name."""
+def rates_of(roofline: Roofline) -> dict[str, float]:
+    """What the device reached, by name; what is no number above 0 was not measured."""
     rates = {f"rate of {dtype} products (TFLOP/s)": rate for dtype, rate in roofline.product_tflop_per_s.items()}
-    copies = {} if roofline.copy_tb_per_s is None else {"rate of copies (TB/s)": roofline.copy_tb_per_s}
-    return rates | copies
+    found = rates | {"rate of copies (TB/s)": roofline.copy_tb_per_s}
+    return {name: rate for name, rate in found.items() if rate is not None and is_number(rate) and rate > 0}
 
 
 def _flat(environment: dict[str, object]) -> dict[str, object]:

@@ -9,7 +9,7 @@
     of two runs <!-- bench:repeats total=yes -->240 of 241<!-- /bench --> rows agree
 
 What stands between the comments is replaced. Comments in code are left alone. An option `name=a|b` takes both; with
-`over`, the baseline of a table's gains, each has a column. `mean=yes` adds a line with the mean of the gains.
+`over`, the baseline of a table's gains, each has a column. `mean=yes` adds a line with means, of gains that all have.
 """
 
 from __future__ import annotations
@@ -172,11 +172,12 @@ def _table(where: str, table: _Table, options: dict[str, str], devices: Sequence
             names = text.listed(gain.other.variant for row in timed for gain in device.gains_of(row))
             raise ValueError(f"{where}: no baseline {over!r}; these rows have {names or 'none'}")
     header = [*varying, *(["inputs"] if several_inputs else [])]
-    if with_mean:
+    if with_mean and len(lines) > 1:
+        # Where a line has none there is no mean, which would be of other lines than those beside it.
         means = ["mean", *[""] * (len(header) - 1)]
         for column in columns:
-            found_gains = [gains[column, over] for over in overs]
-            means += ["", *(text.ratio(mean(g.ratio for g in some)) if some else "" for some in found_gains)]
+            found_gains = [[gain.ratio for gain in gains[column, over]] for over in overs]
+            means += ["", *(text.ratio(mean(some)) if len(some) == len(lines) else "" for some in found_gains)]
         body.append([*means, ""])
     operators = [operator for operator, _ in columns]
     for operator, direction in columns:
@@ -198,7 +199,8 @@ def _repeated(where: str, options: dict[str, str], devices: Sequence[Device]) ->
     found = [device for device in devices if device.repeats and name.lower() in device.name.lower()]
     if len(found) != 1:
         names = text.listed(device.name for device in found)
-        raise ValueError(f"{where}: " + (f"there are {names}: choose with device=" if found else "no second run"))
+        none = f"no second runs of {name or 'any device'}: --repeats gives them"
+        raise ValueError(f"{where}: " + (f"there are {names}: choose with device=" if found else none))
     return found[0]
 
 

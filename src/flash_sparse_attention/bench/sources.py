@@ -84,6 +84,10 @@ class Device:
         """Whether there is a row with the same key."""
         return row.key in self._latest
 
+    def repeated_by(self, source: Source) -> bool:
+        """Whether a file has a row of this device that is here as well."""
+        return source.report.device == self.name and any(map(self.has, source.report.rows))
+
     def of_roofline(self, row: Row) -> float | None:
         """Share of what the device reached in the run of this row."""
         return self.source_of(row).report.roofline.fraction(row)
@@ -124,7 +128,7 @@ def read(files: Iterable[Path], repeats: Iterable[Path] = ()) -> list[Device]:
         repeats: results of second runs.
 
     Raises:
-        ValueError: if there is no file, one is no result, one is given as both, or a second run has no row that a first
+        ValueError: if there is no file, one is no result, one is given as both, or no second run has a row that a first
             one has.
         OSError: if one cannot be read.
     """
@@ -139,13 +143,11 @@ def read(files: Iterable[Path], repeats: Iterable[Path] = ()) -> list[Device]:
     if both:
         raise bad("--repeats", "other files than FILE", listed(map(str, sorted(both))))
     second = [Source(path, read_report(path)) for path in repeats]
-    devices = [
-        Device(name, tuple(found), tuple(source for source in second if source.report.device == name))
-        for name, found in by_device.items()
-    ]
-    for source in second:
-        if not any(device.has(row) for device in devices if source in device.repeats for row in source.report.rows):
-            raise bad("--repeats", "second runs of what is in the results, on such a device", repr(str(source.path)))
+    devices = [Device(name, tuple(found)) for name, found in by_device.items()]
+    devices = [dataclasses.replace(device, repeats=tuple(filter(device.repeated_by, second))) for device in devices]
+    if second and not any(device.repeats for device in devices):
+        names = listed(source.path.name for source in second)
+        raise bad("--repeats", "second runs of what is in the results, on such a device", names)
     return sorted(devices, key=lambda device: (device.kind == "cpu", device.name))
 
 

@@ -33,7 +33,9 @@ def report(
     ] = None,
     repeats: Annotated[
         Path | None,
-        typer.Option(metavar="PATTERN", help="Results of second runs, which are held against FILE: a name, * for any."),
+        typer.Option(
+            metavar="PATTERN", help="Results of second runs, held against FILE: a name, or in quotes one with *."
+        ),
     ] = None,
     plots: Annotated[Path | None, typer.Option(help="Folder for pictures, which the page then shows.")] = None,
     svg: Annotated[bool, typer.Option("--svg", help="Pictures as SVG too.")] = False,
@@ -46,10 +48,7 @@ def report(
         raise bad("--svg", "with --plots", "no folder for pictures")
     if check and output is None and plots is None and not readme:
         raise bad("--check", "with --output, --readme or --plots", "none of them", "they say what is checked")
-    second = [] if repeats is None else sorted(map(Path, glob.glob(str(repeats))))
-    if repeats is not None and not second:
-        raise bad("--repeats", "the name of a file, or a pattern that files have", repr(str(repeats)))
-    devices = read(files, second)
+    devices = read(files, [] if repeats is None else _named(repeats))
     pictures = {} if plots is None else {device.name: figures.plots(device) for device in devices}
     written = page(devices, output, pictures, plots, svg, repeats)
     if output is None and plots is None and not readme:
@@ -82,6 +81,15 @@ def report(
         assert plots is not None
         for path in figures.save(plot, plots, svg):
             console.print(f"{path}: drawn")
+
+
+def _named(pattern: Path) -> list[Path]:
+    """The file of this name, or all whose names are like this."""
+    pattern = pattern.expanduser()
+    found = [pattern] if pattern.is_file() else [path for path in map(Path, glob.glob(str(pattern))) if path.is_file()]
+    if not found:
+        raise bad("--repeats", "the name of a file, or a pattern that files have", repr(str(pattern)))
+    return found
 
 
 def compare(
