@@ -112,7 +112,7 @@ def test_thousands_of_tokens(preset: str):
 @pytest.mark.parametrize("max_crop", [0, None])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_cache_that_grows(name: str, max_crop: int | None, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("flash_sparse_attention.cache.FIRST_CAPACITY", 16)
+    monkeypatch.setattr("flash_sparse_attention.cache.nsa_cache.FIRST_CAPACITY", 16)
     layer = layer_of(CONFIGS[name])
     cache = layer.new_cache(2, max_crop=max_crop)
     assert cache.capacity == 16
@@ -237,7 +237,7 @@ def test_reorder():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_select(name: str, capacity: int | None, monkeypatch: pytest.MonkeyPatch):
     """Fewer sequences, more of them, and as many; then one token, some taken back, and more than there was room for."""
-    monkeypatch.setattr("flash_sparse_attention.cache.FIRST_CAPACITY", 48)
+    monkeypatch.setattr("flash_sparse_attention.cache.nsa_cache.FIRST_CAPACITY", 48)
     layer = layer_of(CONFIGS[name])
     x = torch.randn(3, 60, HIDDEN, dtype=torch.float64)
     cache = layer.new_cache(3, capacity, max_crop=4)
@@ -358,7 +358,7 @@ def test_a_failure_before_anything_is_written(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_growth_that_failed(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("flash_sparse_attention.cache.FIRST_CAPACITY", 16)
+    monkeypatch.setattr("flash_sparse_attention.cache.nsa_cache.FIRST_CAPACITY", 16)
     layer = layer_of(CONFIGS["paper"])
     cache = layer.new_cache(1, num_layers=2, max_crop=0)
     grown = type(cache.layers[1]).grown
@@ -574,7 +574,7 @@ class Course:
 @pytest.mark.parametrize("kind", ["dense", "growing", "paged"])
 @pytest.mark.parametrize("name", ["paper", "fsa"])
 def test_any_course(name: str, kind: str, max_crop: int | None, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("flash_sparse_attention.cache.FIRST_CAPACITY", 16)
+    monkeypatch.setattr("flash_sparse_attention.cache.nsa_cache.FIRST_CAPACITY", 16)
     draw = random.Random(f"{name} {kind} {max_crop}")
     course = Course(layer_of(CONFIGS[name]), kind, max_crop, draw)
     often, seldom = (course.piece, course.step, course.crop), (course.fail, course.reorder, course.crop_to_nothing)

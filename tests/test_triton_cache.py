@@ -100,7 +100,7 @@ def test_a_step_is_planned(tokens: int, page_size: int | None, monkeypatch: pyte
             table = torch.arange(3 * len(lengths)).flip(0).view(len(lengths), 3).to(torch.int32)
             cache.set_pages(table)
         cache._set_lengths(lengths)
-        monkeypatch.setattr("flash_sparse_attention.cache.available", lambda *_, planned=planned: planned)
+        monkeypatch.setattr("flash_sparse_attention.cache.nsa_cache.available", lambda *_, planned=planned: planned)
         # The last one has no room, which the device finds out by itself.
         for check in ("_make_room", "_note_written"):
             monkeypatch.setattr(NSACache, check, lambda *_: None)
