@@ -86,19 +86,22 @@ def test_each_pass_may_have_an_order_of_its_own(file):
 
 
 @pytest.mark.parametrize(
-    ("group", "capability", "changes", "wanted"),
+    ("group", "capability", "version", "changes", "wanted"),
     [
-        (16, 90, {}, ("kv_outer", "kv_outer")),
-        (16, 80, {}, ("kv_outer", "kv_outer")),
-        (32, 90, {}, ("query_outer", "kv_outer")),
-        (32, 80, {}, ("query_outer", "query_outer")),
-        (32, 90, {"dtype": torch.float32}, ("query_outer", "query_outer")),
-        (32, 90, {"block_size": 32}, ("query_outer", "query_outer")),
-        (32, 90, {"block_size": 128}, ("query_outer", "kv_outer")),
+        (16, 90, "3.6.0", {}, ("kv_outer", "kv_outer")),
+        (16, 80, "3.6.0", {}, ("kv_outer", "kv_outer")),
+        (32, 90, "3.6.0", {}, ("query_outer", "kv_outer")),
+        (32, 80, "3.6.0", {}, ("query_outer", "query_outer")),
+        (32, 90, "3.5.1", {}, ("query_outer", "query_outer")),
+        (32, 90, "3.6.0", {"dtype": torch.float32}, ("query_outer", "query_outer")),
+        (32, 90, "3.6.0", {"block_size": 32}, ("query_outer", "query_outer")),
+        (32, 90, "3.6.0", {"block_size": 128}, ("query_outer", "kv_outer")),
     ],
 )
-def test_built_in_loop_orders(monkeypatch, group, capability, changes, wanted):
-    """Backward the kernels for Hopper are the faster ones, whatever the group."""
+def test_built_in_loop_orders(monkeypatch, group, capability, version, changes, wanted):
+    """Backward the kernels for Hopper are the faster ones, whatever the group, where there are any."""
+    monkeypatch.setattr(tuning.triton, "__version__", version)
+    monkeypatch.setattr(tuning.triton.knobs.runtime, "interpret", False)
     monkeypatch.setattr(tuning, "device_capability", lambda: capability)
     monkeypatch.setattr(tuning, "has_hopper_kernels", lambda dim_k, dim_v, dtype: dtype != torch.float32)
     assert tuning.built_in_loop_orders(SHAPE._replace(group=group, **changes)) == wanted
@@ -522,6 +525,9 @@ def test_noise_does_not_choose(fake):
         (3, 2, 1, ("query_outer", "query_outer")),
         (-3, 2, 1, ("kv_outer", "query_outer")),
         (0, 0, 0, ("kv_outer", "kv_outer")),
+        # Not for less than two in a hundred.
+        (0.3, -3, 0, ("kv_outer", "kv_outer")),
+        (0.5, -3, 0, ("query_outer", "kv_outer")),
     ],
 )
 def test_loop_orders_are_those_of_the_least_time_in_all(fake, forward, backward, index, wanted):

@@ -33,7 +33,7 @@ from ..validation import FLOAT_DTYPES, bad, check_choice, check_positive
 from .layers import layer_numbers
 
 # Shapes whose loop order is shown: heads of a group, tokens; those of `fsa tune` without options are among them.
-_GROUPS, _LENGTHS = (1, 4, 8, 16), (8192, 65536)
+_GROUPS, _LENGTHS = (1, 4, 8, 16, 32), (8192, 65536)
 _HEADS, _HEAD_DIM, _SLOTS, _BLOCK_SIZE = 32, 128, 16, 64
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}

@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -48,7 +49,7 @@ WORKSPACE_MIB = 1024
 # The largest error of a candidate, as a share of the largest value: rounding differs with the tiles, and no more.
 MAX_ERROR = {torch.float32: 1e-4}
 MAX_ERROR_HALF = 2e-2
-# Share of the time that a candidate must save, so that noise does not choose.
+# Share of the time that a candidate must save, as must passes in different loop orders, so that noise does not choose.
 MIN_GAIN = 0.02
 KERNELS = ("kv_outer_forward", "kv_outer_backward", "query_outer")
 
@@ -178,11 +179,23 @@ def tune(
         ),
         _Search("query_outer", problem.query_outer, shape.dtype, ends[2], report).best(tried.query_outer),
     )
-    # Those that are the same in both passes first, so that they are taken where others save nothing.
-    tried_orders = sorted(map(LoopOrders._make, product(LOOP_ORDERS, repeat=2)), key=lambda two: two[0] != two[1])
-    ms = {str(orders): _pass_ms(problem, orders, tiles) for orders in tried_orders}
-    ms["built_in"] = _pass_ms(problem, built_in_loop_orders(shape), built_in)
-    loop_orders = min(tried_orders, key=lambda orders: sum(ms[str(orders)].values()))
+    forward_ms = {order: time_ms(partial(problem.forward, order, tiles)) for order in LOOP_ORDERS}
+    tried_orders = [LoopOrders(*orders) for orders in product(LOOP_ORDERS, repeat=2)]
+    ms = {
+        str(orders): {"forward": forward_ms[orders.forward], "backward": _backward_ms(problem, orders, tiles)}
+        for orders in tried_orders
+    }
+    orders = built_in_loop_orders(shape)
+    ms["built_in"] = {
+        "forward": time_ms(lambda: problem.forward(orders.forward, built_in)),
+        "backward": _backward_ms(problem, orders, built_in),
+    }
+
+    def cost(orders: LoopOrders) -> float:
+        same = orders.forward == orders.backward
+        return sum(ms[str(orders)].values()) * (1 if same else 1 + MIN_GAIN)
+
+    loop_orders = min(tried_orders, key=cost)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return TunedEntry(name, triton.__version__, shape, loop_orders, tiles, ms)
 
@@ -368,8 +381,5 @@ def _relative_error(found: Tensor, wanted: Tensor) -> float:
     return float(error / largest) if error != 0 else 0.0
 
 
-def _pass_ms(problem: Problem, loop_orders: LoopOrders, tiles: SelectedTiles) -> dict[str, float]:
-    return {
-        "forward": time_ms(lambda: problem.forward(loop_orders.forward, tiles)),
-        "backward": time_ms(lambda: problem.backward(loop_orders, tiles)),
-    }
+def _backward_ms(problem: Problem, loop_orders: LoopOrders, tiles: SelectedTiles) -> float:
+    return time_ms(lambda: problem.backward(loop_orders, tiles))

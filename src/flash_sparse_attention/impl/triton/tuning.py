@@ -423,7 +423,7 @@ QUERY_OUTER_FROM_GROUP = 32
 def built_in_loop_orders(shape: SelectedShape) -> LoopOrders:
     """The loop orders that `auto` takes where nothing was tuned; measured on sm_90, and taken for all architectures."""
     forward = "query_outer" if shape.group >= QUERY_OUTER_FROM_GROUP else "kv_outer"
-    return LoopOrders(forward, "kv_outer" if _specializes(shape) else forward)
+    return LoopOrders(forward, "kv_outer" if _specializes(shape) and _knows_gluon() else forward)
 
 
 # Slots of a selection from which near blocks have a kernel of their own, which costs as much as two slots do with the
