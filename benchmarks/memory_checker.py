@@ -33,7 +33,7 @@ def main() -> None:
         raise SystemExit("this needs a CUDA device")
     torch.manual_seed(0)
     layout = SequenceLayout.from_lengths([333, 0, 1, 766], "cuda")
-    for block_size, slots, dim in ((64, 16, 128), (128, 8, 64)):
+    for block_size, slots, dim in ((64, 16, 128), (128, 8, 64), (128, 8, 128)):
         q, k, v = draw(1100, (8, dim), (2, dim), (2, dim))
         entries = any_entries(1100, 2, slots)
         options = {"block_size": block_size, "cu_seqlens": layout, "workspace_mib": 4}

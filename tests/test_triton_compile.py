@@ -92,15 +92,16 @@ class Case:
 
     @property
     def specialized(self) -> tuple[bool, bool]:
-        """Whether the forward and the backward kernel of `selected_hopper` are taken."""
+        """Whether a forward and a backward kernel for Hopper are taken."""
         half, dims = self.dtype != torch.float32, self.dims in ((64, 64), (128, 128))
         backward = self.arch == 90 and half and dims and self.block_size % 64 == 0
-        return backward and self.block_size == 64, backward
+        return backward and (self.block_size == 64 or (self.block_size, self.dims[0]) == (128, 128)), backward
 
     @property
-    def wide(self) -> bool:
-        """Whether that of `selected_wide_hopper` is taken backward."""
-        return self.specialized[1] and self.dims == (128, 128) and self.block_size % 128 == 0
+    def wide(self) -> tuple[bool, bool]:
+        """Whether they are those of `selected_wide_hopper`."""
+        forward, backward = self.specialized
+        return forward and self.block_size == 128, backward and self.dims[0] == 128 and self.block_size % 128 == 0
 
     @property
     def hopper_merge(self) -> bool:
@@ -141,6 +142,7 @@ CASES = [
     Case(90, group=5),
     Case(90, block_size=16),
     Case(90, block_size=128),
+    Case(90, (64, 64), block_size=128),
     Case(90, block_size=256),
     Case(90, slots=12),
     Case(90, dtype=torch.float16),
@@ -162,7 +164,7 @@ HOPPER = {
     BACKWARD_WITHOUT_DQ: "_selected_bwd_hopper_kernel",
 }
 # Of parts of 128 keys.
-WIDE = {name: HOPPER[name].replace("_hopper", "_wide_hopper") for name in (BACKWARD, BACKWARD_WITHOUT_DQ)}
+WIDE = {name: hopper.replace("_hopper", "_wide_hopper") for name, hopper in HOPPER.items()}
 MERGE = "_merge_slots_kernel", "_merge_slots_hopper_kernel"
 # Kernels of tiles that lie side by side, and those of them that Hopper has others for.
 NEAR, SPLIT = ("_selected_near_kernel", "_selected_near_hopper_kernel"), "_split_entries_kernel"
@@ -257,7 +259,10 @@ def launch_all(case: Case, total_tokens: int = 4096, num_sequences: int = 3) -> 
         launch_selected_bwd_kv_outer(*given, index, *sizes, backward, torch.empty_like(q), cu_seqlens_k)
         launch_selected_bwd_kv_outer(*given, index, *sizes, backward, None, cu_seqlens_k)
 
-    if case.wide:
+    if case.wide[0]:
+        others = replace(tiles.kv_outer_forward, specialized=False)
+        launch_selected_fwd_kv_outer(*selection, *sizes, others, cu_seqlens_k)
+    if case.wide[1]:
         wide = replace(tiles.kv_outer_backward, specialized=False, **WIDE_TILES_OF_OTHERS)
         launch_selected_bwd_kv_outer(*given, index, *sizes, wide, torch.empty_like(q), cu_seqlens_k)
     if case.branches:
@@ -358,25 +363,29 @@ def too_much(case: Case, kernel: Compiled) -> Iterator[str]:
 def test_compiles_and_fits(compiler: Compiler, case: Case):
     compiled = compile_all(compiler, case)
     names, expected = {kernel.name for kernel in compiled}, kernel_names()
-    for name, specialized in zip((FORWARD, BACKWARD_WITHOUT_DQ), case.specialized, strict=True):
-        others = case.others or (case.wide and name == BACKWARD_WITHOUT_DQ)
-        expected -= {name} if specialized and not others else set() if specialized else {HOPPER[name]}
-    expected -= set() if case.wide else {WIDE[BACKWARD_WITHOUT_DQ]}
+    taken = zip((FORWARD, BACKWARD_WITHOUT_DQ), case.specialized, case.wide, strict=True)
+    for name, specialized, wide in taken:
+        others = case.others or wide
+        expected -= {name} if specialized and not others else set()
+        expected -= set() if specialized and not wide else {HOPPER[name]}
+        expected -= set() if wide else {WIDE[name]}
     expected -= set() if case.hopper_intervals else set(HOPPER_INTERVAL)
     expected -= set() if case.near else {NEAR[0]}
-    expected -= set() if case.specialized[0] else {NEAR[1]}
-    expected -= set() if case.near or case.specialized[0] else {SPLIT}
+    near = case.specialized[0] and not case.wide[0]
+    expected -= set() if near else {NEAR[1]}
+    expected -= set() if case.near or near else {SPLIT}
     expected -= set() if case.hopper_merge else {MERGE[1]}
     assert names == expected if case.branches else names < expected
     assert not [problem for kernel in compiled for problem in too_much(case, kernel)]
     assert_early_kernels_wait(compiled, case.arch)
     assert_merges_fit([kernel for kernel in compiled if kernel.name == MERGE[1]])
     if case.dtype != torch.float32 and max(case.dims) <= 128:
-        forward, backward = case.specialized
         wanted = SELECTED if case.without_dq else (FORWARD, BACKWARD)
-        hopper = {**HOPPER, **WIDE} if case.wide else HOPPER
-        selected = {hopper[name] if (forward if name == FORWARD else backward) else name for name in wanted}
-        selected |= ({NEAR[0]} if case.near else set()) | ({NEAR[1]} if forward else set())
+        selected = set()
+        for name in wanted:
+            specialized, wide = (both[name != FORWARD] for both in (case.specialized, case.wide))
+            selected.add(WIDE[name] if wide else HOPPER[name] if specialized else name)
+        selected |= ({NEAR[0]} if case.near else set()) | ({NEAR[1]} if near else set())
         main = [
             kernel for kernel in compiled if kernel.variant in selected or kernel.name in (*DENSE, *HOPPER_INTERVAL)
         ]
@@ -392,7 +401,7 @@ EARLY = {
     "_count_pairs_kernel", "_start_runs_kernel", "_scatter_pairs_kernel", "_count_segments_kernel",
     "_fill_segments_kernel", HOPPER[BACKWARD_WITHOUT_DQ], WIDE[BACKWARD_WITHOUT_DQ], "_sum_segments_kernel", MERGE[0],
 }  # fmt: skip
-LATE = {HOPPER[FORWARD]: 4, NEAR[1]: 3, MERGE[1]: 2}
+LATE = {HOPPER[FORWARD]: 4, WIDE[FORWARD]: 6, NEAR[1]: 3, MERGE[1]: 2}
 # Which of them do not let the next one begin.
 ALONE = {HOPPER[BACKWARD_WITHOUT_DQ], WIDE[BACKWARD_WITHOUT_DQ], "_sum_segments_kernel", MERGE[0]}
 

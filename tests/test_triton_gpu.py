@@ -301,6 +301,7 @@ def test_new_lengths_compile_nothing():
         (5, 1, 64, 64, torch.bfloat16),
         (8, 2, 64, 128, torch.float16),
         (8, 2, 128, 128, torch.bfloat16),
+        (2, 2, 128, 128, torch.bfloat16),
         (7, 1, 128, 192, torch.bfloat16),
         (16, 1, 128, 256, torch.bfloat16),
     ],
@@ -315,12 +316,12 @@ def test_warps_of_two_kinds_compute_the_same(heads: int, kv_heads: int, dim: int
         (problem.kv_outer_forward, tiles.kv_outer_forward, 3),
         (problem.kv_outer_backward, tiles.kv_outer_backward, 4),
     ):
-        if launch == problem.kv_outer_forward and block_size != 64:
+        if launch == problem.kv_outer_forward and block_size != 64 and (block_size, dim) != (128, 128):
             continue
         assert specialized_kernels(chosen, *(problem.q, problem.k, problem.v, problem.d_out)[:tensors]) is not None
         for pairs in (chosen.segment_pairs, 40):
             tried = replace(chosen, segment_pairs=pairs)
-            wide = WIDE_TILES_OF_OTHERS if tried.keys == WIDE_KEYS else {}
+            wide = WIDE_TILES_OF_OTHERS if tensors == 4 and tried.keys == WIDE_KEYS else {}
             others = launch(replace(tried, specialized=False, dense_near=False, **wide))
             assert_same(launch(tried), launch(tried), others, dtype)
             if tried.dense_near:
@@ -377,6 +378,37 @@ def test_near_blocks_of_any_selection(
         return launch_selected_fwd_kv_outer(*given, bounds)
 
     assert_same(*(launch(True, index) for index in indexes), launch(False, indexes[0]), torch.bfloat16)
+
+
+@HOPPER
+@pytest.mark.parametrize(("heads", "kv_heads", "dtype"), [(8, 2, torch.bfloat16), (5, 1, torch.float16)], ids=str)
+@pytest.mark.parametrize("pairs", [1 << 30, 4000], ids=str)
+def test_blocks_of_128_after_a_past(heads: int, kv_heads: int, dtype: torch.dtype, pairs: int, monkeypatch):
+    from flash_sparse_attention.impl.triton import inverted_index
+
+    # Many small chunks, each of which writes over what the merge of the one before reads.
+    monkeypatch.setattr(inverted_index, "MIN_CHUNK_TOKENS", 1)
+    lengths, past, device = [700, 0, 1, 128, 1999, 130], [0, 64, 70, 1000, 3, 129], torch.device("cuda")
+    layout = SequenceLayout.from_lengths(lengths, device)
+    bounds = SequenceLayout.from_lengths([a + b for a, b in zip(lengths, past, strict=True)], device).cu_seqlens
+    indices = random_selection(layout.total_tokens, kv_heads, 8, 20, "cuda")
+    q = torch.randn(layout.total_tokens, heads, 128, device=device).to(dtype)
+    k, v = (torch.randn(int(bounds[-1]), kv_heads, 128, device=device).to(dtype) for _ in range(2))
+    tiles = built_in_tiles(SelectedShape.of(q, k, v, indices, 128)).kv_outer_forward
+    assert specialized_kernels(tiles, q, k, v) is not None
+    chunks = Chunks.fit(indices, len(k), layout.batch, 128, 1, pairs)
+    assert (chunks.token_chunks == 1) == (pairs > indices.numel() // kv_heads)
+    index = build_index(indices, layout.cu_seqlens, 128, chunks, bounds)
+
+    def launch(specialized: bool, segment_pairs: int) -> tuple[Tensor, ...]:
+        tried = replace(tiles, specialized=specialized, segment_pairs=segment_pairs)
+        given = q, k, v, indices, index, layout.cu_seqlens, 128, 128**-0.5, tried
+        return launch_selected_fwd_kv_outer(*given, bounds)
+
+    for segment_pairs in (tiles.segment_pairs, 10):
+        others = launch(False, segment_pairs)
+        for _ in range(5):
+            assert_same(launch(True, segment_pairs), launch(True, segment_pairs), others, dtype)
 
 
 @HOPPER

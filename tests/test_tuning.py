@@ -307,8 +307,8 @@ def test_candidates():
             others = [one for one in tiles if name == "kv_outer_backward" and one.keys == 128 and not one.specialized]
             assert all((one.rows, one.warps) == (32, 8) for one in others)
             for one in tiles:
-                can_be_wide = name == "kv_outer_backward" and tuning._can_be_wide(shape)
-                tuning._check_tiles(one, True, name == "kv_outer_forward" and shape.block_size <= 64, can_be_wide)
+                keys = tuning._hopper_keys(shape, name == "kv_outer_backward")
+                tuning._check_tiles(one, keys, name == "kv_outer_forward" and shape.block_size <= 64)
         near = {False, True} if shape.block_size <= 64 else {False}
         assert {tiles.dense_near for tiles in tried.kv_outer_forward} == near
         # Both passes share what the keys of the backward pass decide.
@@ -322,7 +322,7 @@ def test_candidates():
         ({}, True, True),
         ({"dim_k": 64, "dim_v": 64, "group": 5}, True, True),
         ({"dtype": torch.float16}, True, True),
-        ({"block_size": 128}, False, True),
+        ({"block_size": 128}, True, True),
         ({"block_size": 192}, False, True),
         ({"block_size": 32}, False, False),
         ({"dim_k": 192}, False, False),

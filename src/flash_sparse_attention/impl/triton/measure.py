@@ -92,7 +92,7 @@ def candidates(shape: SelectedShape) -> Candidates:
     near = [{"dense_near": not base.kv_outer_forward.dense_near}] if shape.block_size <= MOST_NEAR_BLOCK_SIZE else []
     return Candidates(
         _around(base.kv_outer_forward, near + _kv_outer_changes(base.kv_outer_forward)),
-        _around(base.kv_outer_backward, _kv_outer_changes(base.kv_outer_backward)),
+        _around(base.kv_outer_backward, _kv_outer_changes(base.kv_outer_backward, backward=True)),
         _around(base.query_outer, _query_outer_changes(base.query_outer, padded(shape.block_size))),
     )
 
@@ -101,7 +101,7 @@ def _around(base: Tiles, changes: Sequence[dict[str, Any]]) -> list[Tiles]:
     return list(dict.fromkeys([base] + [replace(base, **change) for change in changes]))
 
 
-def _kv_outer_changes(base: KvOuterTiles) -> list[dict[str, Any]]:
+def _kv_outer_changes(base: KvOuterTiles, backward: bool = False) -> list[dict[str, Any]]:
     changes: list[dict[str, Any]] = [
         {"stages": 2},
         {"stages": 1},
@@ -121,8 +121,10 @@ def _kv_outer_changes(base: KvOuterTiles) -> list[dict[str, Any]]:
         factors = 0.5, 2.0, 0.25, 4.0
         segments = [{"segment_pairs": max(1, round(base.segment_pairs * factor))} for factor in factors]
         others = [{}, *changes[:5]]
-        if base.keys == WIDE_KEYS:
+        if backward and base.keys == WIDE_KEYS:
             others = [{**WIDE_TILES_OF_OTHERS, "stages": stages} for stages in (2, 1)]
+        elif base.keys == WIDE_KEYS:
+            others.append({"segment_pairs": max(1, base.segment_pairs // 4)})
         return [*segments, *({"specialized": False, "dense_near": False, **change} for change in others)]
     return changes
 

@@ -85,10 +85,10 @@ def launch_selected_fwd_kv_outer(
             fresh = int(number == some.first_number)
             strides = q.stride(0), k.stride(0), v.stride(0)
             if specialized:
-                specialized._selected_fwd_hopper_kernel[grid](
+                kernel, options = _forward_for_hopper(tiles.keys)
+                kernel[grid](
                     q, k, v, descriptor, partial, partial_lse, *lists, *common, fresh, softmax_scale, *strides,
-                    group, dim_k, block_size,
-                    **specialized.FORWARD_OPTIONS, **early_launch(),
+                    group, dim_k, block_size, **options, **early_launch(),
                 )  # fmt: skip
             else:
                 _selected_fwd_kv_outer_kernel[grid](
@@ -335,6 +335,18 @@ def launch_selected_bwd_kv_outer(
             if dq is not None:
                 launch_merge(partial, None, index, dq, None, softmax_scale, first_head, first_token, tokens, parts)
     return dk, dv
+
+
+def _forward_for_hopper(keys: int) -> tuple[Any, dict[str, int]]:
+    """The kernel for blocks of so many keys, and how it is launched."""
+    # Not every version of Triton has what they need.
+    if keys == WIDE_KEYS:
+        from . import selected_wide_hopper
+
+        return selected_wide_hopper._selected_fwd_wide_hopper_kernel, selected_wide_hopper.OPTIONS
+    from . import selected_hopper
+
+    return selected_hopper._selected_fwd_hopper_kernel, selected_hopper.FORWARD_OPTIONS
 
 
 def _backward_for_hopper(keys: int) -> tuple[Any, dict[str, int]]:

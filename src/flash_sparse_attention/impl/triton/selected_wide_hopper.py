@@ -1,4 +1,11 @@
-"""The backward kernel of selected attention for Hopper (sm_90) and parts of 128 keys; see `selected_hopper`.
+"""The kernels of selected attention for Hopper (sm_90) and 128 keys at a time; see `selected_hopper`.
+
+Forward, of blocks of 128:
+
+    producer     4 warps    as there
+    consumers    2 groups of 4 warps, for alternate tiles of rows: S = Q K^T of both halves of the keys, P, P V
+
+Backward, of parts of 128:
 
     producer     4 warps    as there
     consumers    2 groups of 4 warps, for the same tile of rows; each has 64 of the keys, and their dK and dV:
@@ -21,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .primitives import exp_below, lift, wait_for_the_kernel_before
+from .primitives import LN_2, LOG2_E, exp_below, lift, take_over, wait_for_the_kernel_before
 from .segment import add_up, keys_of_bucket, segment_of_program
 from .selected_hopper import (
     BARRIER,
@@ -31,15 +38,154 @@ from .selected_hopper import (
     WARPS,
     _copy_keys,
     _produce_backward,
+    _produce_forward,
     _ring,
     _rows_seen,
     _store_tile,
 )
 
-# Keys of a part; tiles of the ring, of which no fourth fits; registers of a thread, as those of `selected_hopper`.
-KEYS, STAGES = gl.constexpr(128), gl.constexpr(3)
+# Keys of a part; tiles of the ring, of which backward no fourth fits; registers of a thread, as in `selected_hopper`.
+KEYS, FORWARD_STAGES, STAGES = gl.constexpr(128), gl.constexpr(4), gl.constexpr(3)
 OPTIONS = {"num_warps": 4, "maxnreg": 168}
 CONSUMER, PRODUCER = gl.constexpr(232), gl.constexpr(40)
+
+
+@gluon.jit
+def _attend(tile, k_s, v_s, q_s, token_s, out_s, full, empty, descriptor, partial_ptr, lse_ptr, first_row, num_rows,
+            key_first, key_end, ahead, scale, WHO: gl.constexpr, DIM: gl.constexpr, TAIL: gl.constexpr,
+            EARLY: gl.constexpr):  # fmt: skip
+    """The softmax of a tile of rows over the block, normalised, with its lse."""
+    STAGES: gl.constexpr = FORWARD_STAGES
+    scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, EDGE, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, DIM, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
+    # Always 0, which the compiler does not see: it would hold the addresses of all operands in registers otherwise.
+    none = tile >> 30
+    stage = tile % STAGES
+    q = q_s.index(stage)
+    mbarrier.wait(full.index(stage), (tile // STAGES) & 1)
+    fence_async_shared()
+    zeros = gl.zeros([EDGE, EDGE], gl.float32, scores_layout)
+    low = warpgroup_mma(q, k_s.index(none).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    high = warpgroup_mma(q, k_s.index(1 + none).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    seen = _rows_seen(tile, token_s, num_rows, key_first, key_end, ahead, 2 * STAGES, False, row_layout)
+    low, high = warpgroup_mma_wait(0, deps=[low, high])
+    mbarrier.arrive(empty.index(stage), count=1)
+    key = gl.arange(0, EDGE, layout=gl.SliceLayout(0, scores_layout))[None, :]
+    low = gl.where(key < seen[:, None], low, -float("inf"))
+    high = gl.where(key + EDGE < seen[:, None], high, -float("inf"))
+    # The first key of a block is visible to all of its rows, so that no maximum is -inf. In log2 units.
+    largest = gl.max(gl.maximum(low, high), 1) * (scale * LOG2_E)
+    low = gl.exp2(low * (scale * LOG2_E) - largest[:, None])
+    high = gl.exp2(high * (scale * LOG2_E) - largest[:, None])
+    total = gl.sum(low + high, 1)
+    share = (1.0 / total)[:, None]
+    p_low = gl.convert_layout((low * share).to(q_s.dtype), operand)
+    p_high = gl.convert_layout((high * share).to(q_s.dtype), operand)
+    out = gl.zeros([EDGE, DIM], gl.float32, out_layout)
+    out = warpgroup_mma(p_low, v_s.index(none), out, use_acc=False, is_async=True)
+    out = warpgroup_mma(p_high, v_s.index(1 + none), out, is_async=True)
+    row = tile * EDGE + gl.arange(0, EDGE, layout=row_layout)
+    lse = (largest + gl.log2(total)) * LN_2
+    out = warpgroup_mma_wait(0, deps=[out])
+    if tile == WHO:
+        # The kernel before may still read the partial results of the chunk before.
+        take_over(EARLY)
+    gl.store(lse_ptr + row, lse, mask=row < num_rows)
+    tma.store_wait(0)
+    _store_tile(
+        tile, out_s.index(WHO + none), descriptor, partial_ptr, first_row, num_rows, 0, DIM, out, DIM, TAIL, out_layout
+    )
+
+
+@gluon.jit
+def _consume_forward(WHO: gl.constexpr, k_s, v_s, q_s, token_s, out_s, full, empty, ready, descriptor, partial_ptr,
+                     lse_ptr, first_row, num_rows, key_first, key_end, ahead, scale, DIM: gl.constexpr,
+                     EARLY: gl.constexpr):  # fmt: skip
+    """Every second tile; waits for the kernel before when its first one is to be stored."""
+    whole = num_rows // EDGE
+    mbarrier.wait(ready.index(0), 0)
+    for tile in range(WHO, whole, 2):
+        _attend(tile, k_s, v_s, q_s, token_s, out_s, full, empty, descriptor, partial_ptr, lse_ptr, first_row,
+                num_rows, key_first, key_end, ahead, scale, WHO, DIM, False, EARLY)  # fmt: skip
+    if (whole * EDGE < num_rows) & (whole % 2 == WHO):
+        _attend(whole, k_s, v_s, q_s, token_s, out_s, full, empty, descriptor, partial_ptr, lse_ptr, first_row,
+                num_rows, key_first, key_end, ahead, scale, WHO, DIM, True, EARLY)  # fmt: skip
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["num_sequences", "num_blocks", "first_place", "places", "fresh"])
+def _selected_fwd_wide_hopper_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    descriptor,
+    partial_ptr,
+    partial_lse_ptr,
+    pairs_ptr,
+    segments_ptr,
+    segment_ends_ptr,
+    cu_seqlens_ptr,
+    cu_seqlens_k_ptr,
+    num_sequences,
+    num_blocks,
+    first_place,
+    places,
+    fresh,
+    scale,
+    STRIDE_Q: gl.constexpr,
+    STRIDE_K: gl.constexpr,
+    STRIDE_V: gl.constexpr,
+    GROUP: gl.constexpr,
+    DIM: gl.constexpr,
+    BLOCK_SIZE: gl.constexpr,
+    EARLY: gl.constexpr,
+):
+    """What `_selected_fwd_kv_outer_kernel` computes, for blocks of 128.
+
+    Grid: (segment of the chunk,); programs beyond the last segment leave.
+    Owns: the partial results of its pairs: whole tiles by `descriptor`, the last one and lse by plain stores.
+    Invariant: after n steps of a consumer, the rows of its first n tiles are stored or on their way.
+    """
+    if fresh != 0:
+        take_over(EARLY)
+    first_pair, in_chunk, pairs, bucket, _ = segment_of_program(segments_ptr, segment_ends_ptr, first_place, places)
+    if pairs == 0:
+        take_over(EARLY)
+        return
+    head = bucket // num_blocks
+    key_first, key_end, ahead = keys_of_bucket(
+        bucket % num_blocks, cu_seqlens_ptr, cu_seqlens_k_ptr, num_sequences, BLOCK_SIZE
+    )
+    last_key = key_end - 1
+    num_rows, first_row = pairs * GROUP, in_chunk * GROUP
+    full, empty, ready = _ring(FORWARD_STAGES)
+    k_s = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [2, EDGE, DIM], TILE)
+    v_s = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [2, EDGE, DIM], TILE)
+    q_s = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [FORWARD_STAGES, EDGE, DIM], TILE)
+    out_s = gl.allocate_shared_memory(q_ptr.dtype.element_ty, [2, EDGE, DIM], TILE)
+    token_s = gl.allocate_shared_memory(gl.int32, [2 * FORWARD_STAGES, EDGE], LINE)
+    _copy_keys(k_s, v_s, k_ptr, v_ptr, key_first, last_key, head, STRIDE_K, STRIDE_V, DIM, ready.index(0))
+    lse_ptr = partial_lse_ptr + first_row.to(gl.int64)
+    gl.warp_specialize(
+        [
+            (_consume_forward, (
+                0, k_s, v_s, q_s, token_s, out_s, full, empty, ready, descriptor, partial_ptr, lse_ptr, first_row,
+                num_rows, key_first, key_end, ahead, scale, DIM, EARLY,
+            )),
+            (_consume_forward, (
+                1, k_s, v_s, q_s, token_s, out_s, full, empty, ready, descriptor, partial_ptr, lse_ptr, first_row,
+                num_rows, key_first, key_end, ahead, scale, DIM, EARLY,
+            )),
+            (_produce_forward, (
+                q_ptr + head * (GROUP * DIM), pairs_ptr + first_pair, num_rows, q_s, token_s, full, empty,
+                STRIDE_Q, GROUP, DIM, FORWARD_STAGES,
+            )),
+        ],
+        [WARPS, WARPS],
+        [CONSUMER, PRODUCER],
+    )  # fmt: skip
 
 
 @gluon.jit

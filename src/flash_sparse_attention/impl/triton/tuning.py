@@ -72,7 +72,7 @@ class KvOuterTiles:
         warps, stages: of the launch.
         registers: of a thread at most, or None.
         specialized: by the kernels of `selected_hopper`, on devices that have them: tiles of 64 rows and 64 keys, and
-            warps, stages and registers of their own; backward, 128 keys by that of `selected_wide_hopper`.
+            warps, stages and registers of their own; 128 keys by those of `selected_wide_hopper`.
         dense_near: forward, near blocks by a kernel of their own (`selected_near`).
     """
 
@@ -364,8 +364,8 @@ class TunedEntry:
             QueryOuterTiles(**tiles["query_outer"]),
         )
         near = shape.block_size <= MOST_NEAR_BLOCK_SIZE
-        _check_tiles(chosen.kv_outer_forward, _can_specialize(shape) and shape.block_size == 64, near)
-        _check_tiles(chosen.kv_outer_backward, _can_specialize(shape), False, _can_be_wide(shape))
+        _check_tiles(chosen.kv_outer_forward, _hopper_keys(shape, False), near)
+        _check_tiles(chosen.kv_outer_backward, _hopper_keys(shape, True), False)
         _check_tiles(chosen.query_outer)
         ms = {
             str(schedule): {str(name): float(time) for name, time in times.items()}
@@ -465,7 +465,9 @@ def built_in_tiles(shape: SelectedShape) -> SelectedTiles:
         pairs = max(1, (4096 if rows >= 1 << 24 else 2048) // group)
         forward = replace(forward, segment_pairs=pairs, specialized=True, dense_near=near)
     elif block == 128:
-        forward = KvOuterTiles(64, 128, max(1, 2048 // group), 4, 2)
+        wide = _knows_gluon() and WIDE_KEYS in _hopper_keys(shape, False) and device_capability() == 90
+        pairs = (8192 if wide and rows >= 1 << 22 else 2048) // group
+        forward = KvOuterTiles(64, 128, max(1, pairs), 4, 2, specialized=wide)
     elif block > 128:
         forward = KvOuterTiles(64, 64, max(1, 2048 // group), 4, 1)
     # Backward, main kernel and sum over segments: 10.12 so; rows of a segment 4,096: 10.57, 2,048: 11.55. Main kernel
@@ -487,8 +489,18 @@ def _specializes(shape: SelectedShape) -> bool:
     return _can_specialize(shape) and device_capability() == 90
 
 
+def _hopper_keys(shape: SelectedShape, backward: bool) -> tuple[int, ...]:
+    """The keys of tiles for which there are kernels for Hopper: forward whole blocks, backward parts of blocks."""
+    if not _can_specialize(shape):
+        return ()
+    if not backward:
+        wide = (WIDE_KEYS,) if shape.dim_k == 128 else ()
+        return tuple(keys for keys in (64, *wide) if keys == shape.block_size)
+    return (64, WIDE_KEYS) if _can_be_wide(shape) else (64,)
+
+
 def _can_specialize(shape: SelectedShape) -> bool:
-    """Whether `selected_hopper` has kernels for a shape; its forward kernel is for blocks of 64 alone."""
+    """Whether there are kernels for Hopper for a shape; forward for blocks of 64 and 128 alone."""
     return shape.block_size % 64 == 0 and has_hopper_kernels(shape.dim_k, shape.dim_v, shape.dtype)
 
 
@@ -502,7 +514,7 @@ def _can_be_wide(shape: SelectedShape) -> bool:
     return _can_specialize(shape) and shape.dim_k == 128 and shape.block_size % WIDE_KEYS == 0
 
 
-# Keys that the backward kernel of `selected_wide_hopper` holds; and rows and warps with which the kernel for any device
+# Keys that the kernels of `selected_wide_hopper` hold; and rows and warps with which the backward kernel for any device
 # holds dK and dV of so many: compiled for sm_90 it spills 84 bytes so, 4,376 with 64 rows and 4 warps. Not timed.
 WIDE_KEYS = 128
 WIDE_TILES_OF_OTHERS: dict[str, Any] = {"rows": 32, "warps": 8}
@@ -709,13 +721,12 @@ def _by_length(entries: list[TunedEntry]) -> Iterable[tuple[int, int, TunedEntry
 
 
 def _check_tiles(
-    tiles: KvOuterTiles | QueryOuterTiles, can_specialize: bool = True, can_near: bool = True, can_be_wide: bool = False
+    tiles: KvOuterTiles | QueryOuterTiles, hopper_keys: tuple[int, ...] = (64,), can_near: bool = True
 ) -> None:
-    """Every tile is an integer that a kernel can be built for."""
+    """Every tile is an integer that a kernel can be built for; `hopper_keys` of those for Hopper."""
     for name, size in asdict(tiles).items():
         if name == "specialized":
-            sizes = [(64, 64), (64, WIDE_KEYS)] if can_be_wide else [(64, 64)]
-            fits = can_specialize and isinstance(tiles, KvOuterTiles) and (tiles.rows, tiles.keys) in sizes
+            fits = isinstance(tiles, KvOuterTiles) and tiles.rows == 64 and tiles.keys in hopper_keys
             if size is not False and not (size is True and fits):
                 raise bad(name, "true only for what there are kernels for Hopper for, false otherwise", size)
             continue
