@@ -465,9 +465,12 @@ def built_in_tiles(shape: SelectedShape) -> SelectedTiles:
         pairs = max(1, (4096 if rows >= 1 << 24 else 2048) // group)
         forward = replace(forward, segment_pairs=pairs, specialized=True, dense_near=near)
     elif block == 128:
+        # The kernel of `selected_wide_hopper`, the whole forward pass, 16/4 heads, 8 blocks of 128: 2.104 so, rows of a
+        # segment 2,048: 2.155, 4,096: 2.114, 16,384: 2.078, by the kernel for any device 2.562. 64/4 heads 8.43, 8.36,
+        # 8.21, 8.42, 9.36; 8,192 tokens of 32/8 heads 0.520, 0.527, 0.523, 0.527, 0.605.
         wide = _knows_gluon() and WIDE_KEYS in _hopper_keys(shape, False) and device_capability() == 90
-        pairs = (8192 if wide and rows >= 1 << 22 else 2048) // group
-        forward = KvOuterTiles(64, 128, max(1, pairs), 4, 2, specialized=wide)
+        segment_rows = 8192 if wide else 2048
+        forward = KvOuterTiles(64, 128, max(1, segment_rows // group), 4, 2, specialized=wide)
     elif block > 128:
         forward = KvOuterTiles(64, 64, max(1, 2048 // group), 4, 1)
     # Backward, main kernel and sum over segments: 10.12 so; rows of a segment 4,096: 10.57, 2,048: 11.55. Main kernel
