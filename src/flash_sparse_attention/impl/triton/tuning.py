@@ -416,7 +416,8 @@ def _choice_of(shape: SelectedShape, device: str) -> Choice:
 # 18.0; G = 4 (32/8) 7.9 + 13.6 | 34.6 + 40.2; G = 8 (32/4) 7.8 + 14.7 | 17.1 + 24.1; G = 16 (64/4) 14.8 + 28.8 | 16.7 +
 # 30.6; G = 32 (64/2) 14.8 + 32.5 | 11.3 + 26.9; G = 64 (64/1) 15.2 + 37.1 | 9.4 + 36.9. At 4,096 tokens as well: G = 16
 # 0.80 + 1.50 | 1.02 + 1.79; G = 32 0.82 + 1.54 | 0.71 + 1.50. With the kernels of `selected_hopper` KV-outer is the
-# faster one backward: G = 32 (64/2) 19.7 | 24.8.
+# faster one backward: G = 32 (64/2) 11.6 + 18.8 | 11.1 + 23.8; G = 64 (64/1) 11.7 + 19.2 | 9.2 + 28.6; at 4,096 tokens
+# G = 64 0.73 + 1.05 | 0.60 + 1.70.
 QUERY_OUTER_FROM_GROUP = 32
 
 
