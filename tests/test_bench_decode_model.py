@@ -247,13 +247,50 @@ class TestModel:
     def test_both_loop_orders_fail_where_they_differ(self):
         torch.manual_seed(0)
         x = torch.randn(4, 8)
-        seen = dict.fromkeys(("kv_outer", "query_outer", "cudnn", "flash"), (x, x))
+        seen = dict.fromkeys(("kv_outer", "query_outer", "cudnn", "flash"), model.Seen(x, x, (x, x)))
         assert all(error == 0 for errors in model.errors_of(seen).values() for error in errors.values())
-        wrong = model.errors_of(seen | {"query_outer": (1.1 * x, x)})
-        assert wrong["kv_outer"]["last tokens"] == wrong["query_outer"]["last tokens"] > 1
-        assert max(wrong["flash"].values()) == 0
-        assert model.errors_of(seen | {"flash": (1.1 * x, x)})["flash"]["last tokens"] > 1
-        assert math.isnan(model.errors_of(seen | {"kv_outer": (x, x * math.nan)})["kv_outer"]["first tokens"])
+        for what, changed in (("last tokens", model.Seen(1.1 * x, x)), ("gradients", model.Seen(x, x, (x, 1.2 * x)))):
+            wrong = model.errors_of(seen | {"query_outer": changed})
+            assert wrong["kv_outer"][what] == wrong["query_outer"][what] > 1
+            assert max(wrong["flash"].values()) == 0
+            wrong = model.errors_of(seen | {"flash": changed})
+            assert wrong["flash"][what] > 1
+            assert max(wrong["kv_outer"].values()) == 0
+        nan = x * math.nan
+        assert math.isnan(model.errors_of(seen | {"kv_outer": model.Seen(x, nan)})["kv_outer"]["first tokens"])
+        lost = model.errors_of(seen | {"kv_outer": model.Seen(x, x, (nan, x))})
+        assert math.isnan(lost["kv_outer"]["gradients"])
+        assert math.isnan(lost["query_outer"]["gradients"])
+
+    def test_gradients_of_short_sequences(self):
+        x = torch.randn(4, 8)
+        seen = {"blockwise": model.Seen(x, x, (1.2 * x,)), "sdpa": model.Seen(x, x, (x,))}
+        assert set(model.errors_of(seen)["blockwise"]) == {"first tokens"}
+        assert model.errors_of(seen, short=True)["blockwise"]["gradients"] > 1
+
+    def test_wrong_gradients_have_no_time(self, bench: Bench, monkeypatch: pytest.MonkeyPatch):
+        right = model.decoders
+
+        def broken(*args):
+            made = right(*args)
+            # Of values, whose gradients only v_proj sees; the output stays the same.
+            projection = made["blockwise"].layers[0].self_attn.v_proj
+            projection.register_full_backward_pre_hook(lambda module, grads: (grads[0] * 1.5,))
+            return made
+
+        options = model.options(True, CPU)
+        for layers, checked in ((2, True), (5, False)):
+            rows = model.rows(dataclasses.replace(options, layers=layers), bench)
+            assert all(row.ms is not None for row in rows)
+            assert {row.operator for row in rows if "gradients" in row.check} == (
+                {"training step"} if checked else set()
+            )
+        monkeypatch.setattr(model, "decoders", broken)
+        training, _, prefill, _ = model.rows(options, bench)
+        assert (training.operator, training.variant) == ("training step", "blockwise")
+        assert training.skipped.startswith("failed: wrong gradients (")
+        assert training.ms is None
+        assert prefill.ms is not None
 
     def test_real_widths_are_for_gpus(self, bench: Bench):
         (row,) = model.rows(model.options(False, CPU), bench)
