@@ -555,12 +555,13 @@ DKV = INTERVAL[-1], HOPPER_INTERVAL[-1]
 BY_MAGNITUDE = {"_pick_blocks_kernel", "_scatter_pairs_kernel", *DKV, *(f"{name} ADD" for name in DKV)}
 
 
-def test_lengths_never_recompile(compiler: Compiler):
+@pytest.mark.parametrize("case", [Case(90), Case(90, block_size=128)], ids=str)
+def test_lengths_never_recompile(compiler: Compiler, case: Case):
     known: dict[tuple[str, str], str] = {}
     again: set[str] = set()
     for total_tokens, num_sequences in LENGTHS:
         with compiler.specializations(90) as wanted:
-            launch_all(Case(90), total_tokens, num_sequences)
+            launch_all(case, total_tokens, num_sequences)
         known = known or wanted
         again |= {variant for key, variant in wanted.items() if key not in known and variant not in BY_MAGNITUDE}
     assert known

@@ -48,6 +48,7 @@ GRID = [
             (10, 2, 112, 96, 48, 5, torch.bfloat16, "hostile indices"),
             (8, 2, 128, 128, 64, 16, torch.bfloat16, "hostile indices"),
             (8, 2, 128, 128, 128, 8, torch.bfloat16, "plain"),
+            (6, 2, 128, 128, 128, 5, torch.float16, "hostile indices"),
             (4, 1, 128, 128, 256, 2, torch.bfloat16, "hostile indices"),
             (3, 1, 192, 128, 64, 20, torch.bfloat16, "plain"),
             (2, 2, 256, 256, 64, 4, torch.bfloat16, "plain"),

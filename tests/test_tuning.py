@@ -311,6 +311,10 @@ def test_candidates():
                 tuning._check_tiles(one, keys, name == "kv_outer_forward" and shape.block_size <= 64)
         near = {False, True} if shape.block_size <= 64 else {False}
         assert {tiles.dense_near for tiles in tried.kv_outer_forward} == near
+        if base.kv_outer_forward.keys == 128 and base.kv_outer_forward.specialized:
+            pairs = base.kv_outer_forward.segment_pairs
+            others = {one.segment_pairs for one in tried.kv_outer_forward if not one.specialized}
+            assert others >= {max(1, pairs // 4), pairs}
         # Both passes share what the keys of the backward pass decide.
         assert {tiles.keys for tiles in tried.kv_outer_backward} == {base.kv_outer_backward.keys}
     assert 9 <= min(map(len, measure.candidates(SHAPE))) <= max(map(len, measure.candidates(SHAPE))) <= 13
@@ -367,7 +371,27 @@ def test_keys_that_the_backward_pass_holds(monkeypatch, changes, keys):
             TunedEntry.from_dict(values)
         # Another Triton, whose Gluon may be another one.
         monkeypatch.setattr(tuning, "GLUON_VERSIONS", ((9, 0), (9, 1)))
-        assert built_in_tiles(SHAPE._replace(**changes)).kv_outer_backward.keys == 64
+        others = built_in_tiles(SHAPE._replace(**changes))
+        assert others.kv_outer_backward.keys == 64
+        if changes["block_size"] == 128:
+            assert tiles.kv_outer_forward.specialized
+            assert not others.kv_outer_forward.specialized
+            group = SHAPE.group
+            assert (tiles.kv_outer_forward.segment_pairs, others.kv_outer_forward.segment_pairs) == (
+                8192 // group,
+                2048 // group,
+            )
+
+
+@pytest.mark.parametrize(
+    ("block_size", "dim", "keys"), [(256, 128, 128), (256, 128, 64), (192, 128, 64), (128, 128, 64), (128, 64, 128)]
+)
+def test_forward_kernels_that_are_not_there(block_size, dim, keys):
+    changes = {"block_size": block_size, "dim_k": dim, "dim_v": dim}
+    tiles = built_in_tiles(SHAPE._replace(**changes))
+    broken = replace(tiles, kv_outer_forward=replace(tiles.kv_outer_forward, rows=64, keys=keys, specialized=True))
+    with pytest.raises(ValueError, match="specialized must be"):
+        TunedEntry.from_dict(entry(tiles=broken, **changes).to_dict())
 
 
 @pytest.mark.parametrize(

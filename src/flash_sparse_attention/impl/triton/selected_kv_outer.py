@@ -38,7 +38,15 @@ from .primitives import (
 )
 from .segment import add_up, keys_of_bucket, segment_of_program
 from .selected_near import launch_near, split_entries
-from .tuning import WIDE_KEYS, WIDE_TILES_OF_OTHERS, KvOuterTiles, early_launch, launch_options, takes_hopper_kernels
+from .tuning import (
+    SEGMENT_ROWS_OF_OTHERS,
+    WIDE_KEYS,
+    WIDE_TILES_OF_OTHERS,
+    KvOuterTiles,
+    early_launch,
+    launch_options,
+    takes_hopper_kernels,
+)
 
 
 def launch_selected_fwd_kv_outer(
@@ -66,6 +74,10 @@ def launch_selected_fwd_kv_outer(
     partial_lse = lse.new_empty(chunks.pairs * group)
     specialized = specialized_kernels(tiles, q, k, v)
     descriptor = specialized and specialized.tile_descriptor(partial, 1)
+    if tiles.specialized and tiles.keys == WIDE_KEYS and not specialized:
+        # Of tensors that are not aligned.
+        pairs = max(1, SEGMENT_ROWS_OF_OTHERS // group)
+        tiles = replace(tiles, segment_pairs=min(tiles.segment_pairs, pairs))
     bounds = cu_seqlens, cu_seqlens_k
     far = selected = None
     if takes_near_kernels(tiles, q, k, v):

@@ -13,7 +13,7 @@ Backward, of parts of 128:
        |                    dS of both in shared memory -> dQ, of which each has half of the columns
     copy engine (TMA)       stores it
 
-Rows are gathered, and partial results stored, once for 128 keys: half as often as with parts of 64.
+Backward, rows are gathered, and partial results stored, once for 128 keys: half as often as with parts of 64.
 """
 
 from __future__ import annotations
@@ -55,21 +55,20 @@ def _attend(tile, k_s, v_s, q_s, token_s, out_s, full, empty, descriptor, partia
             key_first, key_end, ahead, scale, WHO: gl.constexpr, DIM: gl.constexpr, TAIL: gl.constexpr,
             EARLY: gl.constexpr):  # fmt: skip
     """The softmax of a tile of rows over the block, normalised, with its lse."""
-    STAGES: gl.constexpr = FORWARD_STAGES
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, EDGE, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, DIM, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
     # Always 0, which the compiler does not see: it would hold the addresses of all operands in registers otherwise.
     none = tile >> 30
-    stage = tile % STAGES
+    stage = tile % FORWARD_STAGES
     q = q_s.index(stage)
-    mbarrier.wait(full.index(stage), (tile // STAGES) & 1)
+    mbarrier.wait(full.index(stage), (tile // FORWARD_STAGES) & 1)
     fence_async_shared()
     zeros = gl.zeros([EDGE, EDGE], gl.float32, scores_layout)
     low = warpgroup_mma(q, k_s.index(none).permute((1, 0)), zeros, use_acc=False, is_async=True)
     high = warpgroup_mma(q, k_s.index(1 + none).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    seen = _rows_seen(tile, token_s, num_rows, key_first, key_end, ahead, 2 * STAGES, False, row_layout)
+    seen = _rows_seen(tile, token_s, num_rows, key_first, key_end, ahead, 2 * FORWARD_STAGES, False, row_layout)
     low, high = warpgroup_mma_wait(0, deps=[low, high])
     mbarrier.arrive(empty.index(stage), count=1)
     key = gl.arange(0, EDGE, layout=gl.SliceLayout(0, scores_layout))[None, :]
@@ -148,6 +147,7 @@ def _selected_fwd_wide_hopper_kernel(
     Owns: the partial results of its pairs: whole tiles by `descriptor`, the last one and lse by plain stores.
     Invariant: after n steps of a consumer, the rows of its first n tiles are stored or on their way.
     """
+    gl.static_assert(BLOCK_SIZE == KEYS)
     if fresh != 0:
         take_over(EARLY)
     first_pair, in_chunk, pairs, bucket, _ = segment_of_program(segments_ptr, segment_ends_ptr, first_place, places)

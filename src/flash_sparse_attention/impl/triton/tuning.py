@@ -468,9 +468,9 @@ def built_in_tiles(shape: SelectedShape) -> SelectedTiles:
     elif block == 128:
         # The kernel of `selected_wide_hopper`, the whole forward pass, 16/4 heads, 8 blocks of 128: 2.104 so, rows of a
         # segment 2,048: 2.155, 4,096: 2.114, 16,384: 2.078, by the kernel for any device 2.562. 64/4 heads 8.43, 8.36,
-        # 8.21, 8.42, 9.36; 8,192 tokens of 32/8 heads 0.520, 0.527, 0.523, 0.527, 0.605.
+        # 8.21, 8.42, 9.36; 8,192 tokens of 32/8 heads 0.520, 0.527, 0.523, 0.527, 0.605. Fewer rows were not timed.
         wide = _knows_gluon() and WIDE_KEYS in _hopper_keys(shape, False) and device_capability() == 90
-        segment_rows = 8192 if wide else 2048
+        segment_rows = 8192 if wide and rows >= 1 << 21 else SEGMENT_ROWS_OF_OTHERS
         forward = KvOuterTiles(64, 128, max(1, segment_rows // group), 4, 2, specialized=wide)
     elif block > 128:
         forward = KvOuterTiles(64, 64, max(1, 2048 // group), 4, 1)
@@ -522,6 +522,8 @@ def _can_be_wide(shape: SelectedShape) -> bool:
 # holds dK and dV of so many: compiled for sm_90 it spills 84 bytes so, 4,376 with 64 rows and 4 warps. Not timed.
 WIDE_KEYS = 128
 WIDE_TILES_OF_OTHERS: dict[str, Any] = {"rows": 32, "warps": 8}
+# Rows of a segment of blocks of 128 by the forward kernel for any device.
+SEGMENT_ROWS_OF_OTHERS = 2048
 # Versions of Triton whose Gluon the kernels for Hopper were tried with, from and below: it changes.
 GLUON_VERSIONS = ((3, 6), (3, 8))
 
