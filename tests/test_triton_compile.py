@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 from flash_sparse_attention import KVPages, NSAConfig
 from flash_sparse_attention.impl import triton as kernels
 from flash_sparse_attention.impl.triton import cache_write, interval
-from flash_sparse_attention.impl.triton.block_scores import launch_select_blocks
+from flash_sparse_attention.impl.triton.block_scores import LEAST_LENGTH, launch_select_blocks
 from flash_sparse_attention.impl.triton.combine import launch_combine, launch_combine_backward
 from flash_sparse_attention.impl.triton.decode import DecodeShape, launch_decode
 from flash_sparse_attention.impl.triton.delta import launch_gated_shifts, launch_shifts
@@ -114,6 +114,11 @@ class Case:
         return self == Case(90)
 
     @property
+    def hopper_scores(self) -> bool:
+        """Whether block scores are those of `block_scores_hopper`."""
+        return self.specialized[1] and self.branches and self.group >= 5
+
+    @property
     def near(self) -> bool:
         """Whether the kernel of near blocks is compiled that devices other than sm_90 have; no default takes it."""
         return self == Case(self.arch)
@@ -170,7 +175,8 @@ MERGE = "_merge_slots_kernel", "_merge_slots_hopper_kernel"
 NEAR, SPLIT = ("_selected_near_kernel", "_selected_near_hopper_kernel"), "_split_entries_kernel"
 INTERVAL = ("_interval_fwd_kernel", "_interval_dq_kernel", "_interval_dkv_kernel")
 HOPPER_INTERVAL = tuple(name.replace("_kernel", "_hopper_kernel") for name in INTERVAL)
-DENSE = (*INTERVAL, "_block_scores_kernel")
+SCORES = "_block_scores_kernel", "_block_scores_hopper_kernel"
+DENSE = (*INTERVAL, SCORES[0])
 SPILL_BYTES = {
     FORWARD: {80: 116, 90: 8, 100: 16},
     # Most of it around the last stores, where dK, dV and the sums to add to are held at once; 20 loads in the loop.
@@ -193,7 +199,9 @@ SPILL_BYTES = {
     # Both gradients, scores and their gradient are held at once; the loop is faster so than with smaller tiles.
     "_interval_dkv_kernel": {80: 116, 90: 350},
     "_interval_dkv_kernel ADD": {90: 8},
-    "_block_scores_kernel": {80: 190, 90: 8, 100: 350},
+    SCORES[0]: {80: 190, 90: 8, 100: 350},
+    # Before the loop.
+    SCORES[1]: {90: 8},
     "_gated_shifts_kernel": {80: 8},
 }
 SPILL_BYTES_OF_CASE = {
@@ -315,9 +323,11 @@ def launch_branches(
             sums = (torch.empty_like(keys), torch.empty_like(values)) if add else None
             launch_interval_dkv(d_out, *given, *rest, dkv, cu_seqlens_k, sums)
         outs, lses = [*outs, out], [*lses, lse]
+    # As long as the kernel for Hopper asks for.
+    max_length = max(len(k), LEAST_LENGTH)
     launch_select_blocks(
-        q, k_compressed, lses[0], cu_seqlens, bounds, len(k), KERNEL_SIZE, KERNEL_STRIDE, SCORE_BLOCK_SIZE, case.slots,
-        1, 2, 0.1, score_tiles(case.dims[0], case.dtype, case.arch), cu_seqlens_k,
+        q, k_compressed, lses[0], cu_seqlens, bounds, max_length, KERNEL_SIZE, KERNEL_STRIDE, SCORE_BLOCK_SIZE,
+        case.slots, 1, 2, 0.1, score_tiles(case.dims[0], case.dtype, case.arch), cu_seqlens_k,
     )  # fmt: skip
     branches, branch_lses = (outs[0], outs[0], outs[1]), [lses[0], lses[0], lses[1]]
     launch_combine(branches, gates)
@@ -370,6 +380,7 @@ def test_compiles_and_fits(compiler: Compiler, case: Case):
         expected -= set() if specialized and not wide else {HOPPER[name]}
         expected -= set() if wide else {WIDE[name]}
     expected -= set() if case.hopper_intervals else set(HOPPER_INTERVAL)
+    expected -= {SCORES[not case.hopper_scores]}
     expected -= set() if case.near else {NEAR[0]}
     near = case.specialized[0] and not case.wide[0]
     expected -= set() if near else {NEAR[1]}
@@ -387,9 +398,11 @@ def test_compiles_and_fits(compiler: Compiler, case: Case):
             selected.add(WIDE[name] if wide else HOPPER[name] if specialized else name)
         selected |= ({NEAR[0]} if case.near else set()) | ({NEAR[1]} if near else set())
         main = [
-            kernel for kernel in compiled if kernel.variant in selected or kernel.name in (*DENSE, *HOPPER_INTERVAL)
+            kernel
+            for kernel in compiled
+            if kernel.variant in selected or kernel.name in (*DENSE, *HOPPER_INTERVAL, SCORES[1])
         ]
-        dense = DENSE if case.branches else ()
+        dense = (*INTERVAL, SCORES[case.hopper_scores]) if case.branches else ()
         assert {*selected, *dense} <= {x for k in main for x in (k.variant, k.name)}
         assert not [kernel.variant for kernel in main if MATRIX_UNITS[case.arch] not in kernel.ptx]
         assert not [kernel.variant for kernel in compiled if "_hopper_" in kernel.name and kernel.serialized]

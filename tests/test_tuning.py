@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 pytest.importorskip("triton")
 
-from flash_sparse_attention.impl.triton import interval, measure, tuning
+from flash_sparse_attention.impl.triton import block_scores, interval, measure, tuning
 from flash_sparse_attention.impl.triton.tuning import (
     KvOuterTiles,
     LoopOrders,
@@ -679,3 +679,42 @@ def test_shares_of_a_window_for_hopper():
     # 8,192 tokens of 8 heads in tiles of 128 keys: sums of two shares would take longer than they save.
     assert interval._shares(65 * 8, 1 << 24, True, specialized=True) == 1
     assert interval._shares(65 * 8, 1 << 24, True) == 2
+
+
+def test_which_groups_and_windows_take_block_scores_for_hopper():
+    from flash_sparse_attention.impl.triton.block_scores_hopper import serves, stages_of
+
+    assert [group for group in range(1, 40) if serves(group, 128, 32, 16, 64)] == list(range(5, 9))
+    assert [group for group in range(1, 40) if serves(group, 64, 32, 16, 64)] == list(range(5, 21))
+    assert [group for group in range(1, 40) if serves(group, 128, 32, 32, 64)] == list(range(5, 8))
+    # What a window reaches into is one block at most, and nothing where blocks have one window.
+    served = [(64, 64, 64), (64, 16, 64), (80, 16, 64), (16, 8, 64), (32, 8, 32)]
+    others = [(128, 64, 64), (96, 16, 64), (8, 4, 64), (48, 24, 72), (48, 16, 48)]
+    assert [serves(5, 128, *windows) for windows in (*served, *others)] == [True] * 5 + [False] * 5
+    assert [stages_of(group, 64, 4) for group in (5, 18, 20)] == [4, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "length", "group", "kernel"),
+    [
+        (8192, 8192, 5, "hopper"),
+        (4096, 8192, 5, "hopper"),
+        (4095, 8192, 5, "other"),
+        (8192, 8191, 5, "other"),
+        (8192, 8192, 4, "other"),
+    ],
+)
+def test_block_scores_for_hopper_are_for_long_sequences(monkeypatch, tokens, length, group, kernel):
+    from flash_sparse_attention.impl.triton import block_scores_hopper
+
+    launched = []
+    monkeypatch.setattr(block_scores, "takes_hopper_kernels", lambda tiles, *tensors: tiles.specialized)
+    monkeypatch.setattr(block_scores_hopper, "_block_scores_hopper_kernel", Recorder("hopper", launched))
+    monkeypatch.setattr(block_scores, "_block_scores_kernel", Recorder("other", launched))
+    monkeypatch.setattr(block_scores, "_pick_blocks_kernel", Recorder("pick", launched))
+    q = torch.empty(tokens, group, 128, dtype=torch.bfloat16, device="meta")
+    k, lse = torch.empty(length // 16, 1, 128, dtype=q.dtype, device="meta"), torch.empty(tokens, group, device="meta")
+    bounds = torch.empty(2, dtype=torch.int32, device="meta")
+    tiles = tuning.score_tiles(128, q.dtype, 90)
+    block_scores.launch_select_blocks(q, k, lse, bounds, bounds, length, 32, 16, 64, 16, 1, 2, 0.1, tiles)
+    assert launched == [kernel, "pick"]

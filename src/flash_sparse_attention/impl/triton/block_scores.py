@@ -6,10 +6,14 @@
                      scores = sums of P over each block, and what the windows before reach into it
     pick     program (token, kv head): the row of scores in registers; bisection finds the least score that is kept
 
+Groups of 5 heads and more have another kernel of scores on Hopper, `block_scores_hopper`.
+
 Scores of a chunk are written once and read once; nothing grows with the square of the length.
 """
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 import triton
@@ -27,10 +31,14 @@ from .primitives import (
     tile_descriptor,
     tile_of_rows,
 )
-from .tuning import ScoreTiles
+from .tuning import ScoreTiles, takes_hopper_kernels
 
 # Bytes of the scores of a chunk of tokens, and programs that a chunk is to have.
 SCORE_BYTES, SCORE_PROGRAMS = 256 << 20, 1024
+# Tokens, and those of the longest sequence, from which on block scores are those of `block_scores_hopper`. H200, us,
+# 8 kv heads of 128, groups of 5 and of 8: 65,536 tokens 4542 -> 3360, 6875 -> 4928; 8,192 106 -> 100, 155 -> 135; 4,096
+# 43 -> 42, 58 -> 56; 16 sequences of 4,096 466 -> 578, 651 -> 733; 64 of 1,024 311 -> 529, 391 -> 650.
+LEAST_TOKENS, LEAST_LENGTH = 4096, 8192
 # Along the second dimension of a grid.
 MOST_PROGRAMS = 65535
 # Blocks that a warp keeps in registers; and those of the smallest kernel, of which there is one for each power of two.
@@ -72,7 +80,14 @@ def launch_select_blocks(
     q, softmax_scale = positive_scale(q, softmax_scale)
     windows = padded(block_size // kernel_stride, 1)
     blocks = max(1, tiles.keys // windows)
-    k_desc = tile_descriptor(k, blocks * windows) if windows == block_size // kernel_stride else None
+    specialized = None
+    if total_tokens >= LEAST_TOKENS and max_length >= LEAST_LENGTH:
+        specialized = _specialized_kernels(tiles, q, k, kernel_size, kernel_stride, block_size)
+    if specialized:
+        blocks = specialized.KEYS.value // windows - int(kernel_size > kernel_stride)
+        k_desc = specialized.window_descriptor(k)
+    else:
+        k_desc = tile_descriptor(k, blocks * windows) if windows == block_size // kernel_stride else None
     token_tiles = total_tokens // tiles.tokens + num_sequences
     most_blocks = triton.cdiv(max_length, block_size)
     chunk = max(1, SCORE_BYTES // (4 * tiles.tokens * num_kv_heads * most_blocks))
@@ -88,12 +103,20 @@ def launch_select_blocks(
         block_tiles = triton.cdiv(columns, blocks)
         spans = min(block_tiles, triton.cdiv(SCORE_PROGRAMS, some * num_kv_heads))
         span = triton.cdiv(block_tiles, spans)
-        _block_scores_kernel[(triton.cdiv(block_tiles, span), some, num_kv_heads)](
-            q, k, k_desc, lse, cu_seqlens, key_bounds, cu_seqlens_k, scores,
-            num_sequences, first_tile, columns, span, softmax_scale,
-            q.stride(0), k.stride(0), num_heads, group, dim, kernel_size, kernel_stride, block_size,
-            tiles.tokens, blocks, windows, group <= tiles.resident, tiles.stages, num_warps=tiles.warps,
-        )  # fmt: skip
+        grid = triton.cdiv(block_tiles, span), some, num_kv_heads
+        places = num_sequences, first_tile, columns, span, softmax_scale
+        if specialized:
+            specialized._block_scores_hopper_kernel[grid](
+                specialized.token_descriptor(q), k_desc, lse, cu_seqlens, key_bounds, cu_seqlens_k, scores, *places,
+                num_heads, group, dim, kernel_size, kernel_stride, block_size,
+                specialized.stages_of(group, dim, windows), **specialized.OPTIONS,
+            )  # fmt: skip
+        else:
+            _block_scores_kernel[grid](
+                q, k, k_desc, lse, cu_seqlens, key_bounds, cu_seqlens_k, scores, *places,
+                q.stride(0), k.stride(0), num_heads, group, dim, kernel_size, kernel_stride, block_size,
+                tiles.tokens, blocks, windows, group <= tiles.resident, tiles.stages, num_warps=tiles.warps,
+            )  # fmt: skip
         held = padded(columns, LEAST_COLUMNS)
         warps = min(max(1, held // PICK_COLUMNS), 16)
         _pick_blocks_kernel[(some * tiles.tokens, num_kv_heads)](
@@ -102,6 +125,19 @@ def launch_select_blocks(
             num_init_blocks, num_local_blocks, held, 32 * warps, num_warps=warps,
         )  # fmt: skip
     return indices
+
+
+def _specialized_kernels(
+    tiles: ScoreTiles, q: Tensor, k: Tensor, kernel_size: int, kernel_stride: int, block_size: int
+) -> ModuleType | None:
+    """`block_scores_hopper`, where the device, the tensors and the windows allow it."""
+    if not takes_hopper_kernels(tiles, q, k):
+        return None
+    from . import block_scores_hopper
+
+    group = q.shape[1] // k.shape[1]
+    served = block_scores_hopper.serves(group, q.shape[2], kernel_size, kernel_stride, block_size)
+    return block_scores_hopper if served else None
 
 
 @triton.jit
