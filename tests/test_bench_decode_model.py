@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
+import types
 
 import pytest
 import torch
@@ -307,6 +308,14 @@ class TestModel:
     def test_full_attention_by_name(self, names, variants):
         options = model.ModelOptions(full_attention=names)
         assert model.variants_on(torch.device("cuda"), options) == variants
+
+    @pytest.mark.parametrize(("ms", "most", "asked", "repeats"), [(1.0, 30, 2, 8), (1.0, 5, 2, 5), (3.0, 30, 5, 5)])
+    def test_short_runs_are_done_more_often(self, bench: Bench, ms: float, most: int, asked: int, repeats: int):
+        effort = dataclasses.replace(bench.effort, target_ms=2.0, min_repeats=1, max_repeats=most)
+        clock = types.SimpleNamespace(time=lambda run, host_ms: Taken(ms, ms))
+        options = model.options(True, CPU, repeats=asked, operators=(model.PREFILL,), full_attention=())
+        [row] = model.rows(options, Bench(CPU, clock, effort))
+        assert row.ms.repeats == repeats
 
     def test_sparse_attention_alone(self, bench: Bench):
         options = Options(suites=("model",), device=CPU, quick=True, full_attention=())

@@ -52,7 +52,11 @@ GATES = (1e-4, 0.5, 0.5 - 1e-4)
 SAME = 0.04
 # The same of gradients. On a CPU, four layers of 512 channels, 2,048 tokens, bfloat16 with noise as large as rounding:
 # hidden states 0.013 apart, gradients of the first layer 0.010 to 0.017. Those of full attention are 0.3 to 0.4 apart.
+# On an H200, full and sparse decoders of 2 and 4 layers, 8,192 to 65,536 tokens: 0.011 to 0.019.
 SAME_GRADIENTS = 0.12
+# Runs that count take so many times as long in all as those of an operator: three runs of a prefill of 0.2 s were up to
+# 4 % apart from those of another process, as the clocks were.
+_LONGER = 4
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 # Share of the free memory that is planned with, and what a token takes while a layer is computed again and its backward
 # pass runs, in numbers of the dtype; 3.4 and 10.2 were measured with four layers of three models at 65,536 tokens.
@@ -108,7 +112,7 @@ class ModelOptions:
         models: of `MODELS`.
         lengths: tokens of the sequence.
         layers: of each decoder; `fit` for as many as fit into memory, at most those of the model.
-        repeats: runs of each variant that count, at first; see `timing.Effort` for fewer and more.
+        repeats: runs of each variant that count at the least, at first; see `timing.Effort` for fewer and more.
         compile_layers: whether layers are compiled.
         operators: of `OPERATORS`.
         full_attention: of `cudnn` and `flash`, on a CPU of `sdpa`, those that take part; None for all.
@@ -311,9 +315,13 @@ class _Measurement:
         self._bench.announce(f"{self._name}, {self._length:,} tokens, {operator}, times")
         peaks: dict[str, int] = {}
         chosen = {name: self._with_peak(name, runs[name], peaks) for name in seen if "skipped" not in found[name]}
-        repeats = self._options.repeats
+        usual, repeats = self._bench.effort, self._options.repeats
         effort = dataclasses.replace(
-            self._bench.effort, warm_up_ms=0.0, target_ms=0.0, min_repeats=repeats, max_repeats=repeats
+            usual,
+            warm_up_ms=0.0,
+            target_ms=_LONGER * usual.target_ms,
+            min_repeats=repeats,
+            max_repeats=max(repeats, usual.max_repeats),
         )
         graphs = {variant: self._sets[variant].graphs for variant in chosen}
         times = interleaved(chosen, self._bench.clock, effort)
