@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from flash_sparse_attention import NSAConfig, SequenceLayout, nsa_attention
 from flash_sparse_attention.accuracy import FULL, Case, judge
-from flash_sparse_attention.impl.triton.tuning import runs_gluon, score_tiles
+from flash_sparse_attention.impl.triton.tuning import runs_gluon
 from flash_sparse_attention.nn import NativeSparseAttention
 from graphs import recorded
 
@@ -169,76 +167,6 @@ def test_layer_compiled_and_under_autocast():
         out = layer(hidden, layout)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), plain[0], rtol=0, atol=0.1 * plain[0].abs().max().item())
-
-
-@pytest.mark.skipif(not HOPPER, reason="needs sm_90 and the Gluon that its kernels were tried with")
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "dtype"),
-    [
-        (10, 2, 128, torch.bfloat16),
-        (6, 1, 128, torch.float16),
-        (16, 2, 128, torch.bfloat16),
-        (12, 1, 64, torch.float16),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("windows", [(32, 16, 64), (64, 64, 64), (16, 8, 64), (32, 32, 64), (64, 16, 64)], ids=str)
-@pytest.mark.parametrize("past", [None, [0, 64, 70, 1000, 3, 129]], ids=str)
-def test_block_scores_by_warps_of_two_kinds(
-    heads: int, kv_heads: int, dim: int, dtype: torch.dtype, windows: tuple[int, int, int], past: list[int] | None,
-    monkeypatch: pytest.MonkeyPatch,
-):  # fmt: skip
-    block_scores = importlib.import_module("flash_sparse_attention.impl.triton.block_scores")
-    block_scores_hopper = importlib.import_module("flash_sparse_attention.impl.triton.block_scores_hopper")
-    compress = importlib.import_module("flash_sparse_attention.impl.triton.compress")
-    seen: list[Tensor] = []
-
-    class Pick:
-        def __getitem__(self, grid: Any) -> Callable[..., None]:
-            return lambda scores, *args, **options: seen.append(scores)
-
-    monkeypatch.setattr(block_scores, "_pick_blocks_kernel", Pick())
-    kernel_size, stride, block_size = windows
-    if not block_scores_hopper.serves(heads // kv_heads, dim, *windows):
-        pytest.skip("does not fit into shared memory")
-    lengths, device = [700, 0, 1, 64, 1999, 5130], torch.device("cuda")
-    cu_seqlens = SequenceLayout.from_lengths(lengths, device).cu_seqlens
-    keys = SequenceLayout.from_lengths([a + b for a, b in zip(lengths, past or [0] * 6, strict=True)], device)
-    bounds = compress.launch_key_bounds(keys.cu_seqlens, kernel_size, stride)
-    num_windows, longest = int(bounds[-1]), int(keys.cu_seqlens.diff().max())
-    q = torch.randn(sum(lengths), heads, dim, device=device).to(dtype)
-    # What stands behind the last window is no number.
-    k = torch.full((num_windows + 200, kv_heads, dim), float("nan"), device=device, dtype=dtype)
-    k[:num_windows] = torch.randn(num_windows, kv_heads, dim, device=device).to(dtype)
-    # Such that probabilities add up to no more than 1, and none for queries that see no window.
-    lse = 6 + torch.rand(len(q), heads, device=device)
-    tiles = score_tiles(dim, dtype)
-    assert tiles.specialized
-    monkeypatch.setattr(block_scores, "LEAST_LENGTH", 0)
-    for programs in (1, 1024):
-        monkeypatch.setattr(block_scores, "SCORE_PROGRAMS", programs)
-        seen.clear()
-        for one in (tiles, replace(tiles, specialized=False)):
-            # What is not stored is NaN.
-            with deterministic_empty():
-                block_scores.launch_select_blocks(
-                    q, k, lse, cu_seqlens, bounds, longest, kernel_size, stride, block_size, 16, 1, 2,
-                    dim**-0.5, one, keys.cu_seqlens if past else None,
-                )  # fmt: skip
-        got, other = seen
-        assert torch.equal(got.isnan(), other.isnan())
-        assert not got.isnan().all()
-        torch.testing.assert_close(got, other, rtol=3e-5, atol=1e-7, equal_nan=True)
-
-
-@contextlib.contextmanager
-def deterministic_empty() -> Iterator[None]:
-    """While active, `torch.empty` is full of NaN."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (6, 1)])

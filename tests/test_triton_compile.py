@@ -23,8 +23,8 @@ from triton.runtime.jit import JITFunction
 
 from flash_sparse_attention import KVPages, NSAConfig
 from flash_sparse_attention.impl import triton as kernels
-from flash_sparse_attention.impl.triton import cache_write, interval
-from flash_sparse_attention.impl.triton.block_scores import LEAST_LENGTH, launch_select_blocks
+from flash_sparse_attention.impl.triton import block_scores, block_scores_hopper, cache_write, interval
+from flash_sparse_attention.impl.triton.block_scores import launch_select_blocks
 from flash_sparse_attention.impl.triton.combine import launch_combine, launch_combine_backward
 from flash_sparse_attention.impl.triton.decode import DecodeShape, launch_decode
 from flash_sparse_attention.impl.triton.delta import launch_gated_shifts, launch_shifts
@@ -323,12 +323,14 @@ def launch_branches(
             sums = (torch.empty_like(keys), torch.empty_like(values)) if add else None
             launch_interval_dkv(d_out, *given, *rest, dkv, cu_seqlens_k, sums)
         outs, lses = [*outs, out], [*lses, lse]
-    # As long as the kernel for Hopper asks for.
-    max_length = max(len(k), LEAST_LENGTH)
-    launch_select_blocks(
-        q, k_compressed, lses[0], cu_seqlens, bounds, max_length, KERNEL_SIZE, KERNEL_STRIDE, SCORE_BLOCK_SIZE,
-        case.slots, 1, 2, 0.1, score_tiles(case.dims[0], case.dtype, case.arch), cu_seqlens_k,
-    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        # As if the sequences were long.
+        patch.setattr(block_scores, "LEAST_TOKENS", 0)
+        patch.setattr(block_scores, "LEAST_LENGTH", 0)
+        launch_select_blocks(
+            q, k_compressed, lses[0], cu_seqlens, bounds, len(k), KERNEL_SIZE, KERNEL_STRIDE, SCORE_BLOCK_SIZE,
+            case.slots, 1, 2, 0.1, score_tiles(case.dims[0], case.dtype, case.arch), cu_seqlens_k,
+        )  # fmt: skip
     branches, branch_lses = (outs[0], outs[0], outs[1]), [lses[0], lses[0], lses[1]]
     launch_combine(branches, gates)
     launch_combine_backward(d_out, branches, gates)
@@ -454,6 +456,30 @@ def test_merges_of_fewest_and_most_slots_fit(compiler: Compiler, slots: int, dim
     assert merge.name == MERGE[1]
     assert merge.spill_bytes == 0
     assert_merges_fit([merge])
+
+
+@pytest.mark.parametrize("sizes", [(64, 64, 64), (32, 32, 64), (32, 16, 64), (16, 8, 64)], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_block_scores_of_the_largest_group_fit(compiler: Compiler, dim: int, sizes: tuple[int, int, int]):
+    group = max((group for group in range(1, 40) if block_scores_hopper.serves(group, dim, *sizes)), default=None)
+    if group is None:
+        assert (dim, sizes) == (64, (64, 64, 64))
+        return
+    length, half = block_scores.LEAST_LENGTH, {"device": "meta", "dtype": torch.bfloat16}
+    q, k = torch.empty(length, group, dim, **half), torch.empty(length // sizes[1], 1, dim, **half)
+    bounds = torch.empty(2, dtype=torch.int32, device="meta")
+    with compiler.launches(90) as launched:
+        launch_select_blocks(
+            q, k, torch.empty(length, group, device="meta"), bounds, bounds, length, *sizes, 16, 1, 2, 0.1,
+            score_tiles(dim, q.dtype, 90),
+        )  # fmt: skip
+    [scores] = [kernel for kernel in launched.values() if kernel.name in SCORES]
+    assert scores.name == SCORES[1]
+    assert scores.shared_bytes <= SHARED_BYTES[90]
+    assert not scores.serialized
+    assert scores.registers <= 168
+    # Before the loop, but for blocks of one window, of which all scores are converted at once.
+    assert scores.spill_bytes <= (150 if sizes[0] == 64 else 20)
 
 
 def kernel_names(decoding: bool = False) -> set[str]:

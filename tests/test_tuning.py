@@ -692,19 +692,22 @@ def test_which_groups_and_windows_take_block_scores_for_hopper():
     others = [(128, 64, 64), (96, 16, 64), (8, 4, 64), (48, 24, 72), (48, 16, 48)]
     assert [serves(5, 128, *windows) for windows in (*served, *others)] == [True] * 5 + [False] * 5
     assert [stages_of(group, 64, 4) for group in (5, 18, 20)] == [4, 3, 2]
+    assert [serves(5, dim, 64, 64, 64) for dim in (64, 128)] == [False, True]
 
 
 @pytest.mark.parametrize(
-    ("tokens", "length", "group", "kernel"),
+    ("tokens", "sequences", "length", "group", "kernel"),
     [
-        (8192, 8192, 5, "hopper"),
-        (4096, 8192, 5, "hopper"),
-        (4095, 8192, 5, "other"),
-        (8192, 8191, 5, "other"),
-        (8192, 8192, 4, "other"),
+        (8192, 1, 8192, 5, "hopper"),
+        (4096, 1, 8192, 5, "hopper"),
+        (4095, 1, 8192, 5, "other"),
+        (8192, 1, 8191, 5, "other"),
+        (8192, 1, 8192, 4, "other"),
+        (12288, 3, 8192, 5, "hopper"),
+        (12288, 4, 8192, 5, "other"),
     ],
 )
-def test_block_scores_for_hopper_are_for_long_sequences(monkeypatch, tokens, length, group, kernel):
+def test_block_scores_for_hopper_are_for_long_sequences(monkeypatch, tokens, sequences, length, group, kernel):
     from flash_sparse_attention.impl.triton import block_scores_hopper
 
     launched = []
@@ -714,7 +717,21 @@ def test_block_scores_for_hopper_are_for_long_sequences(monkeypatch, tokens, len
     monkeypatch.setattr(block_scores, "_pick_blocks_kernel", Recorder("pick", launched))
     q = torch.empty(tokens, group, 128, dtype=torch.bfloat16, device="meta")
     k, lse = torch.empty(length // 16, 1, 128, dtype=q.dtype, device="meta"), torch.empty(tokens, group, device="meta")
-    bounds = torch.empty(2, dtype=torch.int32, device="meta")
+    bounds = torch.empty(sequences + 1, dtype=torch.int32, device="meta")
     tiles = tuning.score_tiles(128, q.dtype, 90)
     block_scores.launch_select_blocks(q, k, lse, bounds, bounds, length, 32, 16, 64, 16, 1, 2, 0.1, tiles)
     assert launched == [kernel, "pick"]
+
+
+def test_block_scores_of_sequences_without_windows(monkeypatch):
+    """The copy engine has no descriptor of nothing."""
+    launched = []
+    monkeypatch.setattr(block_scores, "takes_hopper_kernels", lambda tiles, *tensors: tiles.specialized)
+    monkeypatch.setattr(block_scores, "_block_scores_kernel", Recorder("other", launched))
+    monkeypatch.setattr(block_scores, "_pick_blocks_kernel", Recorder("pick", launched))
+    q = torch.empty(8192, 5, 128, dtype=torch.bfloat16, device="meta")
+    k, lse = torch.empty(0, 1, 128, dtype=q.dtype, device="meta"), torch.empty(8192, 5, device="meta")
+    bounds = torch.empty(2, dtype=torch.int32, device="meta")
+    tiles = tuning.score_tiles(128, q.dtype, 90)
+    block_scores.launch_select_blocks(q, k, lse, bounds, bounds, 8192, 16384, 8192, 16384, 16, 1, 2, 0.1, tiles)
+    assert launched == ["other", "pick"]

@@ -6,7 +6,7 @@
                      scores = sums of P over each block, and what the windows before reach into it
     pick     program (token, kv head): the row of scores in registers; bisection finds the least score that is kept
 
-Groups of 5 heads and more have another kernel of scores on Hopper, `block_scores_hopper`.
+Groups of 5 heads and more have another kernel of scores on Hopper for long sequences, `block_scores_hopper`.
 
 Scores of a chunk are written once and read once; nothing grows with the square of the length.
 """
@@ -35,9 +35,10 @@ from .tuning import ScoreTiles, takes_hopper_kernels
 
 # Bytes of the scores of a chunk of tokens, and programs that a chunk is to have.
 SCORE_BYTES, SCORE_PROGRAMS = 256 << 20, 1024
-# Tokens, and those of the longest sequence, from which on block scores are those of `block_scores_hopper`. H200, us,
-# 8 kv heads of 128, groups of 5 and of 8: 65,536 tokens 4542 -> 3360, 6875 -> 4928; 8,192 106 -> 100, 155 -> 135; 4,096
-# 43 -> 42, 58 -> 56; 16 sequences of 4,096 466 -> 578, 651 -> 733; 64 of 1,024 311 -> 529, 391 -> 650.
+# Queries of a sequence in the mean, and tokens of the longest one, its past included, from which on block scores are
+# those of `block_scores_hopper`. H200, us, 8 kv heads of 128, groups of 5 and of 8, with P in two parts: 65,536 tokens
+# 4542 -> 3360, 6875 -> 4928; 8,192 106 -> 100, 155 -> 135; 4,096 43 -> 42, 58 -> 56; 16 sequences of 4,096 466 -> 578,
+# 651 -> 733; 64 of 1,024 311 -> 529, 391 -> 650.
 LEAST_TOKENS, LEAST_LENGTH = 4096, 8192
 # Along the second dimension of a grid.
 MOST_PROGRAMS = 65535
@@ -81,11 +82,14 @@ def launch_select_blocks(
     windows = padded(block_size // kernel_stride, 1)
     blocks = max(1, tiles.keys // windows)
     specialized = None
-    if total_tokens >= LEAST_TOKENS and max_length >= LEAST_LENGTH:
+    if total_tokens >= LEAST_TOKENS * num_sequences and max_length >= LEAST_LENGTH:
         specialized = _specialized_kernels(tiles, q, k, kernel_size, kernel_stride, block_size)
     if specialized:
         blocks = specialized.KEYS.value // windows - int(kernel_size > kernel_stride)
-        k_desc = specialized.window_descriptor(k)
+        q_desc, k_desc = (
+            specialized.descriptor(q, specialized.EDGE.value),
+            specialized.descriptor(k, specialized.KEYS.value),
+        )
     else:
         k_desc = tile_descriptor(k, blocks * windows) if windows == block_size // kernel_stride else None
     token_tiles = total_tokens // tiles.tokens + num_sequences
@@ -107,7 +111,7 @@ def launch_select_blocks(
         places = num_sequences, first_tile, columns, span, softmax_scale
         if specialized:
             specialized._block_scores_hopper_kernel[grid](
-                specialized.token_descriptor(q), k_desc, lse, cu_seqlens, key_bounds, cu_seqlens_k, scores, *places,
+                q_desc, k_desc, lse, cu_seqlens, key_bounds, cu_seqlens_k, scores, *places,
                 num_heads, group, dim, kernel_size, kernel_stride, block_size,
                 specialized.stages_of(group, dim, windows), **specialized.OPTIONS,
             )  # fmt: skip
@@ -131,7 +135,8 @@ def _specialized_kernels(
     tiles: ScoreTiles, q: Tensor, k: Tensor, kernel_size: int, kernel_stride: int, block_size: int
 ) -> ModuleType | None:
     """`block_scores_hopper`, where the device, the tensors and the windows allow it."""
-    if not takes_hopper_kernels(tiles, q, k):
+    # Nothing has no descriptor.
+    if not k.numel() or not takes_hopper_kernels(tiles, q, k):
         return None
     from . import block_scores_hopper
 
@@ -141,7 +146,7 @@ def _specialized_kernels(
 
 
 @triton.jit
-def _overlap(window, block, KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+def overlap_of(window, block, KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """geometry.overlap, in chunks."""
     start = tl.maximum(window, block * (BLOCK_SIZE // KERNEL_STRIDE))
     end = tl.minimum(window + KERNEL_SIZE // KERNEL_STRIDE, (block + 1) * (BLOCK_SIZE // KERNEL_STRIDE))
@@ -230,9 +235,9 @@ def _block_scores_kernel(
         q_3, lse_3 = _load_head(q_ptr, lse_ptr, in_pack, head * GROUP + 3, mask, STRIDE_Q, NUM_HEADS, DIM)
     column = tl.arange(0, BLOCKS * WINDOWS)
     in_block = tl.arange(0, WINDOWS)
-    own = _overlap(in_block, 0, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE).to(tl.float32)
+    own = overlap_of(in_block, 0, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE).to(tl.float32)
     own = tl.where(in_block < PER_BLOCK, own, 0.0)[None, None, :]
-    reach = _overlap(in_block, 1, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE).to(tl.float32)
+    reach = overlap_of(in_block, 1, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE).to(tl.float32)
     reach = tl.where(in_block < PER_BLOCK, reach, 0.0)[None, None, :]
     in_row = (slot * TOKENS + in_tile).to(tl.int64) * (NUM_HEADS // GROUP) + head
     scores_ptr += in_row[:, None] * columns

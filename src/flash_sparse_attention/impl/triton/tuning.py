@@ -511,7 +511,7 @@ def _can_specialize(shape: SelectedShape) -> bool:
 
 
 def has_hopper_kernels(dim_k: int, dim_v: int, dtype: torch.dtype) -> bool:
-    """Whether `selected_hopper`, `interval_hopper` and `merge_hopper` are for such heads."""
+    """Whether `selected_hopper`, `interval_hopper`, `block_scores_hopper` and `merge_hopper` are for such heads."""
     return dim_k == dim_v and dim_k in (64, 128) and dtype in (torch.bfloat16, torch.float16)
 
 
