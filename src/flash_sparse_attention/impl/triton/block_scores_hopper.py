@@ -121,11 +121,14 @@ def _score(tile, q_s, k_s, w_s, lse_s, full, empty, scores_ptr, columns, first_b
         window = first_block * WINDOWS + gl.arange(0, KEYS, layout=gl.SliceLayout(0, scores_layout))
         p = gl.where((window[None, :] >= 0) & (window[None, :] < end[:, None]), p, 0.0)
     if WINDOWS > 1:
+        high = p.to(gl.bfloat16)
+        p -= high.to(gl.float32)
+        middle = p.to(gl.bfloat16)
+        low = (p - middle.to(gl.float32)).to(gl.bfloat16)
         sums = gl.zeros([EDGE, BLOCKS], gl.float32, sums_layout)
-        for _ in gl.static_range(3):
-            part = p.to(gl.bfloat16)
-            p -= part.to(gl.float32)
-            sums = warpgroup_mma(gl.convert_layout(part, operand), w_s, sums, is_async=True)
+        sums = warpgroup_mma(gl.convert_layout(high, operand), w_s, sums, use_acc=False, is_async=True)
+        sums = warpgroup_mma(gl.convert_layout(middle, operand), w_s, sums, is_async=True)
+        sums = warpgroup_mma(gl.convert_layout(low, operand), w_s, sums, is_async=True)
         sums = warpgroup_mma_wait(0, deps=[sums])
     else:
         sums = p
