@@ -52,7 +52,7 @@ GATES = (1e-4, 0.5, 0.5 - 1e-4)
 SAME = 0.04
 # The same of gradients. On a CPU, four layers of 512 channels, 2,048 tokens, bfloat16 with noise as large as rounding:
 # hidden states 0.013 apart, gradients of the first layer 0.010 to 0.017. Those of full attention are 0.3 to 0.4 apart.
-# On an H200, full and sparse decoders of 2 and 4 layers, 8,192 to 65,536 tokens: 0.011 to 0.019.
+# On an H200, three models, 2 and 4 layers, 8,192 to 65,536 tokens: 0.011 to 0.033.
 SAME_GRADIENTS = 0.12
 # Runs that count take so many times as long in all as those of an operator: three runs of a prefill of 0.2 s were up to
 # 4 % apart from those of another process, as the clocks were.
