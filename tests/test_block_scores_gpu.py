@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton", reason="triton is not installed")
+
 from flash_sparse_attention import NSAConfig, SequenceLayout
 from flash_sparse_attention.accuracy import Case, judge
 from flash_sparse_attention.accuracy.budgets import compare_selection
