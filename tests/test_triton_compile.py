@@ -115,8 +115,8 @@ class Case:
 
     @property
     def hopper_scores(self) -> bool:
-        """Whether block scores are those of `block_scores_hopper`."""
-        return self.specialized[1] and self.branches and self.group >= 5
+        """Whether block scores are those of `block_scores_hopper` too; no default takes it."""
+        return self == Case(90, group=5)
 
     @property
     def near(self) -> bool:
@@ -323,14 +323,16 @@ def launch_branches(
             sums = (torch.empty_like(keys), torch.empty_like(values)) if add else None
             launch_interval_dkv(d_out, *given, *rest, dkv, cu_seqlens_k, sums)
         outs, lses = [*outs, out], [*lses, lse]
-    with pytest.MonkeyPatch.context() as patch:
-        # As if the sequences were long.
-        patch.setattr(block_scores, "LEAST_TOKENS", 0)
-        patch.setattr(block_scores, "LEAST_LENGTH", 0)
-        launch_select_blocks(
-            q, k_compressed, lses[0], cu_seqlens, bounds, len(k), KERNEL_SIZE, KERNEL_STRIDE, SCORE_BLOCK_SIZE,
-            case.slots, 1, 2, 0.1, score_tiles(case.dims[0], case.dtype, case.arch), cu_seqlens_k,
-        )  # fmt: skip
+    scoring = score_tiles(case.dims[0], case.dtype, case.arch)
+    for tiles in (scoring, replace(scoring, specialized=True)) if case.hopper_scores else (scoring,):
+        with pytest.MonkeyPatch.context() as patch:
+            # As if the sequences were long.
+            patch.setattr(block_scores, "LEAST_TOKENS", 0)
+            patch.setattr(block_scores, "LEAST_LENGTH", 0)
+            launch_select_blocks(
+                q, k_compressed, lses[0], cu_seqlens, bounds, len(k), KERNEL_SIZE, KERNEL_STRIDE, SCORE_BLOCK_SIZE,
+                case.slots, 1, 2, 0.1, tiles, cu_seqlens_k,
+            )  # fmt: skip
     branches, branch_lses = (outs[0], outs[0], outs[1]), [lses[0], lses[0], lses[1]]
     launch_combine(branches, gates)
     launch_combine_backward(d_out, branches, gates)
@@ -382,7 +384,7 @@ def test_compiles_and_fits(compiler: Compiler, case: Case):
         expected -= set() if specialized and not wide else {HOPPER[name]}
         expected -= set() if wide else {WIDE[name]}
     expected -= set() if case.hopper_intervals else set(HOPPER_INTERVAL)
-    expected -= {SCORES[not case.hopper_scores]}
+    expected -= set() if case.hopper_scores else {SCORES[1]}
     expected -= set() if case.near else {NEAR[0]}
     near = case.specialized[0] and not case.wide[0]
     expected -= set() if near else {NEAR[1]}
@@ -404,7 +406,7 @@ def test_compiles_and_fits(compiler: Compiler, case: Case):
             for kernel in compiled
             if kernel.variant in selected or kernel.name in (*DENSE, *HOPPER_INTERVAL, SCORES[1])
         ]
-        dense = (*INTERVAL, SCORES[case.hopper_scores]) if case.branches else ()
+        dense = DENSE if case.branches else ()
         assert {*selected, *dense} <= {x for k in main for x in (k.variant, k.name)}
         assert not [kernel.variant for kernel in main if MATRIX_UNITS[case.arch] not in kernel.ptx]
         assert not [kernel.variant for kernel in compiled if "_hopper_" in kernel.name and kernel.serialized]
@@ -471,7 +473,7 @@ def test_block_scores_of_the_largest_group_fit(compiler: Compiler, dim: int, siz
     with compiler.launches(90) as launched:
         launch_select_blocks(
             q, k, torch.empty(length, group, device="meta"), bounds, bounds, length, *sizes, 16, 1, 2, 0.1,
-            score_tiles(dim, q.dtype, 90),
+            replace(score_tiles(dim, q.dtype, 90), specialized=True),
         )  # fmt: skip
     [scores] = [kernel for kernel in launched.values() if kernel.name in SCORES]
     assert scores.name == SCORES[1]

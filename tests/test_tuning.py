@@ -718,9 +718,19 @@ def test_block_scores_for_hopper_are_for_long_sequences(monkeypatch, tokens, seq
     q = torch.empty(tokens, group, 128, dtype=torch.bfloat16, device="meta")
     k, lse = torch.empty(length // 16, 1, 128, dtype=q.dtype, device="meta"), torch.empty(tokens, group, device="meta")
     bounds = torch.empty(sequences + 1, dtype=torch.int32, device="meta")
-    tiles = tuning.score_tiles(128, q.dtype, 90)
+    tiles = replace(tuning.score_tiles(128, q.dtype, 90), specialized=True)
     block_scores.launch_select_blocks(q, k, lse, bounds, bounds, length, 32, 16, 64, 16, 1, 2, 0.1, tiles)
     assert launched == [kernel, "pick"]
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(128, torch.float16), (96, torch.bfloat16), (128, torch.float32)], ids=str)
+def test_block_scores_for_hopper_are_for_some_heads_and_for_who_asks(monkeypatch, dim, dtype):
+    monkeypatch.setattr(block_scores, "takes_hopper_kernels", lambda tiles, *tensors: tiles.specialized)
+    q, k = (torch.empty(9000, heads, dim, dtype=dtype, device="meta") for heads in (5, 1))
+    tiles = tuning.score_tiles(dim, dtype, 90)
+    asked = block_scores._specialized_kernels(replace(tiles, specialized=True), q, k, 32, 16, 64)
+    assert (asked is not None) == (dim == 128 and dtype == torch.float16)
+    assert block_scores._specialized_kernels(tiles, q, k, 32, 16, 64) is None
 
 
 def test_block_scores_of_sequences_without_windows(monkeypatch):
@@ -732,6 +742,6 @@ def test_block_scores_of_sequences_without_windows(monkeypatch):
     q = torch.empty(8192, 5, 128, dtype=torch.bfloat16, device="meta")
     k, lse = torch.empty(0, 1, 128, dtype=q.dtype, device="meta"), torch.empty(8192, 5, device="meta")
     bounds = torch.empty(2, dtype=torch.int32, device="meta")
-    tiles = tuning.score_tiles(128, q.dtype, 90)
+    tiles = replace(tuning.score_tiles(128, q.dtype, 90), specialized=True)
     block_scores.launch_select_blocks(q, k, lse, bounds, bounds, 8192, 16384, 8192, 16384, 16, 1, 2, 0.1, tiles)
     assert launched == ["other", "pick"]

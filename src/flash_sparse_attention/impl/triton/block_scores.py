@@ -6,7 +6,8 @@
                      scores = sums of P over each block, and what the windows before reach into it
     pick     program (token, kv head): the row of scores in registers; bisection finds the least score that is kept
 
-Groups of 5 heads and more have another kernel of scores on Hopper for long sequences, `block_scores_hopper`.
+Groups of 5 heads and more have another kernel of scores on Hopper for long sequences, `block_scores_hopper`. Tiles may
+ask for it; no default does.
 
 Scores of a chunk are written once and read once; nothing grows with the square of the length.
 """
@@ -31,7 +32,7 @@ from .primitives import (
     tile_descriptor,
     tile_of_rows,
 )
-from .tuning import ScoreTiles, takes_hopper_kernels
+from .tuning import ScoreTiles, has_hopper_kernels, takes_hopper_kernels
 
 # Bytes of the scores of a chunk of tokens, and programs that a chunk is to have.
 SCORE_BYTES, SCORE_PROGRAMS = 256 << 20, 1024
@@ -135,18 +136,18 @@ def _specialized_kernels(
     tiles: ScoreTiles, q: Tensor, k: Tensor, kernel_size: int, kernel_stride: int, block_size: int
 ) -> ModuleType | None:
     """`block_scores_hopper`, where the device, the tensors and the windows allow it."""
+    (_, heads, dim), kv_heads = q.shape, k.shape[1]
     # Nothing has no descriptor.
-    if not k.numel() or not takes_hopper_kernels(tiles, q, k):
+    if not (k.numel() and has_hopper_kernels(dim, dim, q.dtype) and takes_hopper_kernels(tiles, q, k)):
         return None
     from . import block_scores_hopper
 
-    group = q.shape[1] // k.shape[1]
-    served = block_scores_hopper.serves(group, q.shape[2], kernel_size, kernel_stride, block_size)
+    served = block_scores_hopper.serves(heads // kv_heads, dim, kernel_size, kernel_stride, block_size)
     return block_scores_hopper if served else None
 
 
 @triton.jit
-def overlap_of(window, block, KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+def _overlap(window, block, KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """geometry.overlap, in chunks."""
     start = tl.maximum(window, block * (BLOCK_SIZE // KERNEL_STRIDE))
     end = tl.minimum(window + KERNEL_SIZE // KERNEL_STRIDE, (block + 1) * (BLOCK_SIZE // KERNEL_STRIDE))
@@ -235,9 +236,9 @@ def _block_scores_kernel(
         q_3, lse_3 = _load_head(q_ptr, lse_ptr, in_pack, head * GROUP + 3, mask, STRIDE_Q, NUM_HEADS, DIM)
     column = tl.arange(0, BLOCKS * WINDOWS)
     in_block = tl.arange(0, WINDOWS)
-    own = overlap_of(in_block, 0, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE).to(tl.float32)
+    own = _overlap(in_block, 0, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE).to(tl.float32)
     own = tl.where(in_block < PER_BLOCK, own, 0.0)[None, None, :]
-    reach = overlap_of(in_block, 1, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE).to(tl.float32)
+    reach = _overlap(in_block, 1, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE).to(tl.float32)
     reach = tl.where(in_block < PER_BLOCK, reach, 0.0)[None, None, :]
     in_row = (slot * TOKENS + in_tile).to(tl.int64) * (NUM_HEADS // GROUP) + head
     scores_ptr += in_row[:, None] * columns

@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .block_scores import overlap_of
+from .block_scores import _overlap
 from .interval import interval_end
 from .primitives import LOG2_E, past_of, tile_of_rows
 from .selected_hopper import BARRIER, EDGE, LINE, TILE, WARPS
@@ -233,7 +233,7 @@ def _block_scores_hopper_kernel(
         square: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])
         window = gl.arange(0, KEYS, layout=gl.SliceLayout(1, square))[:, None]
         block = gl.arange(0, BLOCKS, layout=gl.SliceLayout(0, square))[None, :]
-        w_s.store(overlap_of(window, block, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE).to(gl.bfloat16))
+        w_s.store(_overlap(window, block, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE).to(gl.bfloat16))
         fence_async_shared()
     key_start = gl.load(key_bounds_ptr + sequence)
     in_row = (slot * EDGE).to(gl.int64) * HEADS + head
