@@ -682,16 +682,21 @@ def test_shares_of_a_window_for_hopper():
 
 
 def test_which_groups_and_windows_take_block_scores_for_hopper():
-    from flash_sparse_attention.impl.triton.block_scores_hopper import serves, stages_of
+    from flash_sparse_attention.impl.triton.block_scores_hopper import pack_of, serves, stages_of
 
-    assert [group for group in range(1, 40) if serves(group, 128, 32, 16, 64)] == list(range(5, 9))
-    assert [group for group in range(1, 40) if serves(group, 64, 32, 16, 64)] == list(range(5, 21))
-    assert [group for group in range(1, 40) if serves(group, 128, 32, 32, 64)] == list(range(5, 8))
+    def groups(dim: int, *windows: int) -> list[int]:
+        return [group for group in range(1, 50) if serves(group, dim, *windows)]
+
+    assert groups(128, 32, 16, 64) == [5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32]
+    assert [pack_of(group, 128, 4) for group in (5, 8, 9, 12, 16, 20, 32, 36)] == [1, 1, 0, 2, 2, 4, 4, 0]
+    assert groups(64, 32, 16, 64) == [*range(5, 23), *range(24, 43, 2), 44, 48]
+    assert groups(128, 32, 32, 64) == [5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32]
+    assert groups(128, 64, 64, 64) == [5, 6, 7, 8, 10, 12, 14, 16]
     # What a window reaches into is one block at most, and nothing where blocks have one window.
     served = [(64, 64, 64), (64, 16, 64), (80, 16, 64), (16, 8, 64), (32, 8, 32)]
     others = [(128, 64, 64), (96, 16, 64), (8, 4, 64), (48, 24, 72), (48, 16, 48)]
     assert [serves(5, 128, *windows) for windows in (*served, *others)] == [True] * 5 + [False] * 5
-    assert [stages_of(group, 64, 4) for group in (5, 18, 20)] == [4, 3, 2]
+    assert [stages_of(group, 64, 4) for group in (5, 18, 20, 22)] == [4, 3, 2, 1]
     assert [serves(5, dim, 64, 64, 64) for dim in (64, 128)] == [False, True]
 
 
@@ -718,19 +723,9 @@ def test_block_scores_for_hopper_are_for_long_sequences(monkeypatch, tokens, seq
     q = torch.empty(tokens, group, 128, dtype=torch.bfloat16, device="meta")
     k, lse = torch.empty(length // 16, 1, 128, dtype=q.dtype, device="meta"), torch.empty(tokens, group, device="meta")
     bounds = torch.empty(sequences + 1, dtype=torch.int32, device="meta")
-    tiles = replace(tuning.score_tiles(128, q.dtype, 90), specialized=True)
+    tiles = tuning.score_tiles(128, q.dtype, 90)
     block_scores.launch_select_blocks(q, k, lse, bounds, bounds, length, 32, 16, 64, 16, 1, 2, 0.1, tiles)
     assert launched == [kernel, "pick"]
-
-
-@pytest.mark.parametrize(("dim", "dtype"), [(128, torch.float16), (96, torch.bfloat16), (128, torch.float32)], ids=str)
-def test_block_scores_for_hopper_are_for_some_heads_and_for_who_asks(monkeypatch, dim, dtype):
-    monkeypatch.setattr(block_scores, "takes_hopper_kernels", lambda tiles, *tensors: tiles.specialized)
-    q, k = (torch.empty(9000, heads, dim, dtype=dtype, device="meta") for heads in (5, 1))
-    tiles = tuning.score_tiles(dim, dtype, 90)
-    asked = block_scores._specialized_kernels(replace(tiles, specialized=True), q, k, 32, 16, 64)
-    assert (asked is not None) == (dim == 128 and dtype == torch.float16)
-    assert block_scores._specialized_kernels(tiles, q, k, 32, 16, 64) is None
 
 
 def test_block_scores_of_sequences_without_windows(monkeypatch):
@@ -742,6 +737,6 @@ def test_block_scores_of_sequences_without_windows(monkeypatch):
     q = torch.empty(8192, 5, 128, dtype=torch.bfloat16, device="meta")
     k, lse = torch.empty(0, 1, 128, dtype=q.dtype, device="meta"), torch.empty(8192, 5, device="meta")
     bounds = torch.empty(2, dtype=torch.int32, device="meta")
-    tiles = replace(tuning.score_tiles(128, q.dtype, 90), specialized=True)
+    tiles = tuning.score_tiles(128, q.dtype, 90)
     block_scores.launch_select_blocks(q, k, lse, bounds, bounds, 8192, 16384, 8192, 16384, 16, 1, 2, 0.1, tiles)
     assert launched == ["other", "pick"]

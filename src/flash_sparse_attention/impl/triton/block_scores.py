@@ -6,8 +6,7 @@
                      scores = sums of P over each block, and what the windows before reach into it
     pick     program (token, kv head): the row of scores in registers; bisection finds the least score that is kept
 
-Groups of 5 heads and more have another kernel of scores on Hopper for long sequences, `block_scores_hopper`. Tiles may
-ask for it; no default does.
+Groups of 5 heads and more have another kernel of scores on Hopper for long sequences, `block_scores_hopper`.
 
 Scores of a chunk are written once and read once; nothing grows with the square of the length.
 """
@@ -37,9 +36,8 @@ from .tuning import ScoreTiles, has_hopper_kernels, takes_hopper_kernels
 # Bytes of the scores of a chunk of tokens, and programs that a chunk is to have.
 SCORE_BYTES, SCORE_PROGRAMS = 256 << 20, 1024
 # Queries of a sequence in the mean, and tokens of the longest one, its past included, from which on block scores are
-# those of `block_scores_hopper`. H200, us, 8 kv heads of 128, groups of 5 and of 8, with P in two parts: 65,536 tokens
-# 4542 -> 3360, 6875 -> 4928; 8,192 106 -> 100, 155 -> 135; 4,096 43 -> 42, 58 -> 56; 16 sequences of 4,096 466 -> 578,
-# 651 -> 733; 64 of 1,024 311 -> 529, 391 -> 650.
+# those of `block_scores_hopper`. H200, us, 40/8 and 64/4 heads of 128: 65,536 tokens 4571 -> 3323, 8933 -> 4761; 8,192
+# 105 -> 96, 159 -> 136; 16 sequences of 4,096 469 -> 551, 737 -> 748; 64/4: 8 of 8,192 1288 -> 1010, 4,096 67 -> 55.
 LEAST_TOKENS, LEAST_LENGTH = 4096, 8192
 # Along the second dimension of a grid.
 MOST_PROGRAMS = 65535
@@ -85,25 +83,25 @@ def launch_select_blocks(
     specialized = None
     if total_tokens >= LEAST_TOKENS * num_sequences and max_length >= LEAST_LENGTH:
         specialized = _specialized_kernels(tiles, q, k, kernel_size, kernel_stride, block_size)
+    tokens = tiles.tokens
     if specialized:
+        pack = specialized.pack_of(group, dim, windows)
+        tokens = specialized.EDGE.value // pack
         blocks = specialized.KEYS.value // windows - int(kernel_size > kernel_stride)
-        q_desc, k_desc = (
-            specialized.descriptor(q, specialized.EDGE.value),
-            specialized.descriptor(k, specialized.KEYS.value),
-        )
+        q_desc, k_desc = specialized.token_descriptor(q, pack), specialized.window_descriptor(k)
     else:
         k_desc = tile_descriptor(k, blocks * windows) if windows == block_size // kernel_stride else None
-    token_tiles = total_tokens // tiles.tokens + num_sequences
+    token_tiles = total_tokens // tokens + num_sequences
     most_blocks = triton.cdiv(max_length, block_size)
-    chunk = max(1, SCORE_BYTES // (4 * tiles.tokens * num_kv_heads * most_blocks))
+    chunk = max(1, SCORE_BYTES // (4 * tokens * num_kv_heads * most_blocks))
     chunk = min(chunk, token_tiles, MOST_PROGRAMS)
-    scores = torch.empty(chunk * tiles.tokens * num_kv_heads * most_blocks, dtype=torch.float32, device=q.device)
+    scores = torch.empty(chunk * tokens * num_kv_heads * most_blocks, dtype=torch.float32, device=q.device)
     for first_tile in range(0, token_tiles, chunk):
         some = min(chunk, token_tiles - first_tile)
         newest = max_length
         if cu_seqlens_k is None:
             # No tile is further from the start of its sequence than from that of the pack.
-            newest = min(max_length, (first_tile + some) * tiles.tokens)
+            newest = min(max_length, (first_tile + some) * tokens)
         columns = triton.cdiv(newest, block_size)
         block_tiles = triton.cdiv(columns, blocks)
         spans = min(block_tiles, triton.cdiv(SCORE_PROGRAMS, some * num_kv_heads))
@@ -113,20 +111,20 @@ def launch_select_blocks(
         if specialized:
             specialized._block_scores_hopper_kernel[grid](
                 q_desc, k_desc, lse, cu_seqlens, key_bounds, cu_seqlens_k, scores, *places,
-                num_heads, group, dim, kernel_size, kernel_stride, block_size,
-                specialized.stages_of(group, dim, windows), **specialized.OPTIONS,
+                num_heads, group, pack, dim, kernel_size, kernel_stride, block_size,
+                specialized.stages_of(group // pack, dim, windows), **specialized.OPTIONS,
             )  # fmt: skip
         else:
             _block_scores_kernel[grid](
                 q, k, k_desc, lse, cu_seqlens, key_bounds, cu_seqlens_k, scores, *places,
                 q.stride(0), k.stride(0), num_heads, group, dim, kernel_size, kernel_stride, block_size,
-                tiles.tokens, blocks, windows, group <= tiles.resident, tiles.stages, num_warps=tiles.warps,
+                tokens, blocks, windows, group <= tiles.resident, tiles.stages, num_warps=tiles.warps,
             )  # fmt: skip
         held = padded(columns, LEAST_COLUMNS)
         warps = min(max(1, held // PICK_COLUMNS), 16)
-        _pick_blocks_kernel[(some * tiles.tokens, num_kv_heads)](
+        _pick_blocks_kernel[(some * tokens, num_kv_heads)](
             scores, cu_seqlens, cu_seqlens_k, indices, num_sequences, first_tile, columns,
-            num_kv_heads, tiles.tokens, block_size, num_selected_blocks, padded(num_selected_blocks),
+            num_kv_heads, tokens, block_size, num_selected_blocks, padded(num_selected_blocks),
             num_init_blocks, num_local_blocks, held, 32 * warps, num_warps=warps,
         )  # fmt: skip
     return indices

@@ -128,8 +128,7 @@ class ScoreTiles:
         keys: windows of a tile.
         warps, stages: of the launch.
         resident: heads of a group up to which the queries of all are held at once; at most 4.
-        specialized: by the kernel of `block_scores_hopper`, for groups, windows and lengths that it is for; no default
-            asks for it.
+        specialized: by the kernel of `block_scores_hopper`, for groups, windows and lengths that it is for.
     """
 
     tokens: int
@@ -512,7 +511,7 @@ def _can_specialize(shape: SelectedShape) -> bool:
 
 
 def has_hopper_kernels(dim_k: int, dim_v: int, dtype: torch.dtype) -> bool:
-    """Whether `selected_hopper`, `interval_hopper` and `merge_hopper` are for such heads."""
+    """Whether `selected_hopper`, `interval_hopper`, `block_scores_hopper` and `merge_hopper` are for such heads."""
     return dim_k == dim_v and dim_k in (64, 128) and dtype in (torch.bfloat16, torch.float16)
 
 
@@ -609,13 +608,15 @@ def score_tiles(dim: int, dtype: torch.dtype, capability: int | None = None) -> 
     """The tiles of block scores for a head dimension; `capability` as for `interval_schedule`."""
     if dtype == torch.float32:
         return ScoreTiles(32, 32, 4, 1, 1)
-    if (capability or device_capability()) not in DATA_CENTRE:
+    capability = capability or device_capability()
+    if capability not in DATA_CENTRE:
         return ScoreTiles(64, 32 if padded(dim) > 128 else 64, 4, 2, 1)
     if padded(dim) > 128:
         return ScoreTiles(64, 64, 4, 2, 2)
     # H200, 65,536 tokens, 32/8 heads of 128, ms: 2.99 so; with all tiles loaded by threads 3.12; 3 stages 3.92; tokens,
     # keys, warps, stages 128, 64, 8, 2: 3.56; queries loaded for each tile of keys: 4.0.
-    return ScoreTiles(64, 64, 4, 2, 4)
+    specialized = capability == 90 and has_hopper_kernels(dim, dim, dtype)
+    return ScoreTiles(64, 64, 4, 2, 4, specialized)
 
 
 def tuning_file() -> Path:
