@@ -35,8 +35,8 @@ PAPER, FINE = NSAConfig(), NSAConfig(kernel_size=16, kernel_stride=8, num_select
 SHORT = NSAConfig(kernel_size=8, kernel_stride=4, block_size=16, num_selected_blocks=5, window_size=40)
 
 
-# Blocks of one window with heads of 64, which were not timed: the other kernel takes them.
-UNSERVED = (64, (64, 64, 64))
+# Groups and head dimensions that do not fit, or were not timed, where blocks have one window: the other kernel's.
+UNSERVED = {(24, 128), (12, 64), (22, 64)}
 
 
 class Counted:
@@ -116,7 +116,7 @@ def test_as_the_other_kernel(
     heads: int, kv_heads: int, dim: int, dtype: torch.dtype, windows: tuple[int, int, int], past: list[int] | None,
     hopper: Counted, monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
-    served = (dim, windows) != UNSERVED
+    served = windows != (64, 64, 64) or (heads // kv_heads, dim) not in UNSERVED
     kernel_size, stride, block_size = windows
     device = torch.device("cuda")
     layout = SequenceLayout.from_lengths(LENGTHS, device)
