@@ -31,12 +31,14 @@ pytestmark = [
 block_scores = importlib.import_module("flash_sparse_attention.impl.triton.block_scores")
 compress = importlib.import_module("flash_sparse_attention.impl.triton.compress")
 LENGTHS = [700, 0, 1, 64, 1999, 20000]
+# Blocks of one window: as many tiles of windows as the ring is to be used twice by.
+LONGER = [*LENGTHS[:-1], 50000]
 PAPER, FINE = NSAConfig(), NSAConfig(kernel_size=16, kernel_stride=8, num_selected_blocks=12, window_size=77)
 SHORT = NSAConfig(kernel_size=8, kernel_stride=4, block_size=16, num_selected_blocks=5, window_size=40)
 
 
 # Groups and head dimensions that do not fit, or were not timed, where blocks have one window: the other kernel's.
-UNSERVED = {(24, 128), (12, 64), (22, 64)}
+UNSERVED = {(20, 128), (24, 128), (12, 64), (22, 64)}
 
 
 class Counted:
@@ -106,6 +108,7 @@ def empty_is_nan() -> Iterator[None]:
         (12, 1, 64, torch.float16),
         (32, 2, 128, torch.bfloat16),
         (24, 1, 128, torch.float16),
+        (40, 2, 128, torch.bfloat16),
         (44, 2, 64, torch.bfloat16),
     ],
     ids=str,
@@ -116,18 +119,21 @@ def test_as_the_other_kernel(
     heads: int, kv_heads: int, dim: int, dtype: torch.dtype, windows: tuple[int, int, int], past: list[int] | None,
     hopper: Counted, monkeypatch: pytest.MonkeyPatch,
 ):  # fmt: skip
-    served = windows != (64, 64, 64) or (heads // kv_heads, dim) not in UNSERVED
+    one_window = windows == (64, 64, 64)
+    served = not one_window or (heads // kv_heads, dim) not in UNSERVED
+    lengths = LONGER if one_window else LENGTHS
     kernel_size, stride, block_size = windows
     device = torch.device("cuda")
-    layout = SequenceLayout.from_lengths(LENGTHS, device)
-    before = past or [0] * len(LENGTHS)
-    keys = SequenceLayout.from_lengths([a + b for a, b in zip(LENGTHS, before, strict=True)], device)
+    layout = SequenceLayout.from_lengths(lengths, device)
+    before = past or [0] * len(lengths)
+    keys = SequenceLayout.from_lengths([a + b for a, b in zip(lengths, before, strict=True)], device)
     bounds = compress.launch_key_bounds(keys.cu_seqlens, kernel_size, stride)
     num_windows, longest = int(bounds[-1]), int(keys.cu_seqlens.diff().max())
-    q = torch.randn(sum(LENGTHS), heads, dim, device=device).to(dtype)
-    # What stands behind the last window is no number.
-    k = torch.full((num_windows + 200, kv_heads, dim), math.nan, device=device, dtype=dtype)
-    k[:num_windows] = torch.randn(num_windows, kv_heads, dim, device=device).to(dtype)
+    # Between the rows, and behind the last window, stands no number.
+    q = torch.full((sum(lengths), heads + 2, dim), math.nan, device=device, dtype=dtype)[:, :heads]
+    q.normal_()
+    k = torch.full((num_windows + 200, kv_heads + 1, dim), math.nan, device=device, dtype=dtype)[:, :kv_heads]
+    k[:num_windows].normal_()
     # Such that probabilities add up to no more than 1, and none for queries that see no window.
     lse = 8 + torch.rand(len(q), heads, device=device)
     position = layout.positions() + torch.tensor(before, device=device)[layout.sequence_ids()]
@@ -229,3 +235,27 @@ def test_new_lengths_compile_nothing(hopper: Counted):
         specialisations.append(sum(len(cache[0]) for cache in hopper.kernel.device_caches.values()))
     assert hopper.launches == 6
     assert specialisations[1] == specialisations[-1]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(40, 8), (32, 2), (24, 1)])
+def test_scores_are_the_same_twice(heads: int, kv_heads: int, hopper: Counted, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(block_scores, "_pick_blocks_kernel", pick := Pick())
+    # One program for all tiles of windows of a tile of tokens.
+    monkeypatch.setattr(block_scores, "SCORE_PROGRAMS", 1)
+    tokens, sizes = 32768, (PAPER.kernel_size, PAPER.kernel_stride, PAPER.block_size)
+    cu_seqlens = SequenceLayout.from_lengths([tokens], "cuda").cu_seqlens
+    bounds = compress.launch_key_bounds(cu_seqlens, *sizes[:2])
+    q = torch.randn(tokens, heads, 128, device="cuda").bfloat16()
+    k = torch.randn(int(bounds[-1]), kv_heads, 128, device="cuda").bfloat16()
+    lse = torch.full((tokens, heads), 9.0, device="cuda")
+    found = []
+    for _ in range(3):
+        pick.seen.clear()
+        with empty_is_nan():
+            block_scores.launch_select_blocks(
+                q, k, lse, cu_seqlens, bounds, tokens, *sizes, 16, 1, 2, 0.1, score_tiles(128, q.dtype)
+            )
+        found.append(pick.by_token([0, tokens]).nan_to_num(-1))
+    assert hopper.launches >= 3
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])

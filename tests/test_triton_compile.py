@@ -601,7 +601,7 @@ DKV = INTERVAL[-1], HOPPER_INTERVAL[-1]
 BY_MAGNITUDE = {"_pick_blocks_kernel", "_scatter_pairs_kernel", *DKV, *(f"{name} ADD" for name in DKV)}
 
 
-@pytest.mark.parametrize("case", [Case(90), Case(90, block_size=128)], ids=str)
+@pytest.mark.parametrize("case", [Case(90), Case(90, group=16), Case(90, block_size=128)], ids=str)
 def test_lengths_never_recompile(compiler: Compiler, case: Case):
     known: dict[tuple[str, str], str] = {}
     again: set[str] = set()

@@ -728,6 +728,31 @@ def test_block_scores_for_hopper_are_for_long_sequences(monkeypatch, tokens, seq
     assert launched == [kernel, "pick"]
 
 
+@pytest.mark.parametrize(
+    ("dim", "dtype", "capability", "asked"),
+    [
+        (128, torch.bfloat16, 90, True),
+        (64, torch.float16, 90, True),
+        (96, torch.bfloat16, 90, False),
+        (128, torch.float32, 90, False),
+        (128, torch.bfloat16, 80, False),
+        (128, torch.bfloat16, 100, False),
+    ],
+    ids=str,
+)
+def test_which_heads_and_devices_ask_for_block_scores_for_hopper(dim, dtype, capability, asked):
+    assert tuning.score_tiles(dim, dtype, capability).specialized == asked
+
+
+@pytest.mark.parametrize(("stride", "served"), [(5 * 128, True), (7 * 128, True), (5 * 128 + 8, False)])
+def test_block_scores_for_hopper_take_strides_that_a_descriptor_has(monkeypatch, stride, served):
+    monkeypatch.setattr(block_scores, "takes_hopper_kernels", lambda tiles, *tensors: tiles.specialized)
+    q = torch.empty_strided((8192, 5, 128), (stride, 128, 1), dtype=torch.bfloat16, device="meta")
+    k = torch.empty(512, 1, 128, dtype=q.dtype, device="meta")
+    taken = block_scores._specialized_kernels(tuning.score_tiles(128, q.dtype, 90), q, k, 32, 16, 64)
+    assert (taken is not None) == served
+
+
 def test_block_scores_of_sequences_without_windows(monkeypatch):
     """The copy engine has no descriptor of nothing."""
     launched = []

@@ -6,7 +6,7 @@
                      scores = sums of P over each block, and what the windows before reach into it
     pick     program (token, kv head): the row of scores in registers; bisection finds the least score that is kept
 
-Groups of 5 heads and more have another kernel of scores on Hopper for long sequences, `block_scores_hopper`.
+Most groups of 5 heads and more have another kernel of scores on Hopper for long sequences, `block_scores_hopper`.
 
 Scores of a chunk are written once and read once; nothing grows with the square of the length.
 """
@@ -135,8 +135,10 @@ def _specialized_kernels(
 ) -> ModuleType | None:
     """`block_scores_hopper`, where the device, the tensors and the windows allow it."""
     (_, heads, dim), kv_heads = q.shape, k.shape[1]
-    # Nothing has no descriptor.
-    if not (k.numel() and has_hopper_kernels(dim, dim, q.dtype) and takes_hopper_kernels(tiles, q, k)):
+    # Nothing has no descriptor, and its strides are multiples of one another.
+    if not k.numel() or q.stride(0) % dim:
+        return None
+    if not (has_hopper_kernels(dim, dim, q.dtype) and takes_hopper_kernels(tiles, q, k)):
         return None
     from . import block_scores_hopper
 
