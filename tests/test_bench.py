@@ -59,6 +59,21 @@ def quick(monkeypatch):
     monkeypatch.setattr("flash_sparse_attention.bench.run.clock_of", lambda device: QuickClock())
 
 
+@pytest.mark.parametrize(
+    ("tokens", "heads", "kv_heads", "checked"),
+    [
+        (131072, 64, 16, True),
+        (131073, 32, 8, False),
+        (262144, 16, 4, True),
+        (262144, 16, 8, False),
+        (262144, 32, 4, False),
+        (1048576, 4, 1, True),
+    ],
+)
+def test_gradients_are_checked_where_the_reference_fits(tokens: int, heads: int, kv_heads: int, checked: bool):
+    assert operators.gradients_are_checked(Shape(tokens, heads, kv_heads)) == checked
+
+
 def test_long_runs_are_done_less_often_and_all_over_the_time():
     clock = FakeClock()
     effort = timing.Effort(warm_up_ms=0.0, target_ms=100.0, min_repeats=2, max_repeats=10)

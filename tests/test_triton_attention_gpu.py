@@ -12,6 +12,10 @@ from torch import Tensor
 
 from flash_sparse_attention import NSAConfig, SequenceLayout, nsa_attention
 from flash_sparse_attention.accuracy import FULL, Case, judge
+from flash_sparse_attention.bench.checks import check
+from flash_sparse_attention.bench.inputs import draw
+from flash_sparse_attention.bench.shapes import Shape
+from flash_sparse_attention.bench.suites.attention import whole_case
 from flash_sparse_attention.nn import NativeSparseAttention
 from graphs import recorded
 
@@ -196,6 +200,20 @@ def test_logits_of_ten_thousand():
     with torch.no_grad():
         x[0].mul_(1e4 / 128**0.5)
     assert all(torch.isfinite(t).all() for t in gradients(x))
+
+
+# Groups of 4 and of 5, which choose blocks by two kernels.
+@pytest.mark.parametrize(("tokens", "heads"), [(524288, 5), (1048576, 4)])
+def test_gradients_of_long_sequences(tokens: int, heads: int):
+    if torch.cuda.mem_get_info()[1] < 100 << 30:
+        pytest.skip("needs 100 GiB of device memory")
+    shape = Shape(tokens, heads, 1)
+    case = whole_case(shape, draw(shape, torch.device("cuda")))
+    assert case.check_gradients
+    for variant in case.variants:
+        errors = check(variant.run, case.expected, case.inputs, heads, gradients=True) | case.also()
+        assert {f"grad {name}" for name in ("q", "k", "v", "gates")} <= errors.keys()
+        assert max(errors.values()) <= 1, errors
 
 
 def test_memory_grows_with_the_length_alone():

@@ -19,7 +19,7 @@ from .. import baselines, costs, inputs
 from ..cases import Bench, Case, Variant
 from ..checks import keep_worst, layout_of, pieces, share
 from ..shapes import Shape
-from .operators import ATTENTION_DIRECTIONS, GRADIENTS_UP_TO, full_case
+from .operators import ATTENTION_DIRECTIONS, full_case, gradients_are_checked
 
 Tensors = Mapping[str, Tensor]
 
@@ -63,7 +63,7 @@ def whole_case(
     return Case(
         "whole attention", shape.whole(), shape.heads, _leaves(x), found,
         {way: costs.whole(shape, way) for way in directions}, expected, also=also,
-        with_memory=True, check_gradients=shape.tokens <= GRADIENTS_UP_TO,
+        with_memory=True, check_gradients=gradients_are_checked(shape),
     )  # fmt: skip
 
 
