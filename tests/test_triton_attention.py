@@ -127,6 +127,39 @@ def test_chunks_and_spans_select_the_same(score_bytes: int, monkeypatch: pytest.
         assert torch.equal(select_blocks(q, k, lse, **blocks, cu_seqlens=layout, impl="triton"), expected)
 
 
+def picked(scores: Tensor, slots: int) -> Tensor:
+    """Of a row of scores the first block, the last two and the best others, ascending, -1 behind them."""
+    blocks = len(scores)
+    order = sorted(range(blocks), key=lambda block: (0 < block < blocks - 2, -scores[block].item(), block))
+    chosen = sorted(order[:slots])
+    return torch.tensor([*chosen, *[-1] * (slots - len(chosen))], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(("columns", "lanes"), [(128, 32), (1024, 32), (2048, 32), (512, 64)])
+@pytest.mark.parametrize("slots", [4, 16, 40])
+def test_picks_the_best_blocks(columns: int, lanes: int, slots: int):
+    block_scores = importlib.import_module("flash_sparse_attention.impl.triton.block_scores")
+    tokens = 4
+    # The last tokens of a sequence of blocks of one token, each behind one more block; beyond those stands no number.
+    past = columns - tokens - 3
+    bounds, bounds_k = torch.tensor([0, tokens]).int(), torch.tensor([0, past + tokens]).int()
+    random = torch.rand(tokens, columns)
+    for scores in (random, (7 * random).round(), 0 * random, 10 ** (30 * random - 20), random * (random > 0.99)):
+        for eligible in (past + 1, 3):
+            shift = past + 1 - eligible
+            rows = [scores[i, : eligible + i] for i in range(tokens)]
+            held = torch.full((tokens, columns), torch.nan)
+            for i, row in enumerate(rows):
+                held[i, : len(row)] = row
+            indices = torch.full((tokens, 1, slots), -7, dtype=torch.int32)
+            block_scores._pick_blocks_kernel[(tokens, 1)](
+                held, bounds, bounds_k - torch.tensor([0, shift]).int(), indices, 1, 0, columns, 1, tokens, 1, slots,
+                1 << (slots - 1).bit_length(), 1, 2, columns, lanes, num_warps=lanes // 32,
+            )  # fmt: skip
+            expected = torch.stack([picked(row, slots) for row in rows])
+            assert torch.equal(indices[:, 0], expected)
+
+
 def test_nan_of_another_sequence_stays_there():
     layout = SequenceLayout.from_lengths([30, 30])
     q, k, v = (x.detach() for x in draw(60, 60))
