@@ -15,7 +15,7 @@ from flash_sparse_attention.accuracy import FULL, Case, judge
 from flash_sparse_attention.bench.checks import check
 from flash_sparse_attention.bench.inputs import draw
 from flash_sparse_attention.bench.shapes import Shape
-from flash_sparse_attention.bench.suites.attention import whole_case
+from flash_sparse_attention.bench.suites.attention import selection_errors, whole_case
 from flash_sparse_attention.nn import NativeSparseAttention
 from graphs import recorded
 
@@ -214,6 +214,16 @@ def test_gradients_of_long_sequences(tokens: int, heads: int):
         errors = check(variant.run, case.expected, case.inputs, heads, gradients=True) | case.also()
         assert {f"grad {name}" for name in ("q", "k", "v", "gates")} <= errors.keys()
         assert max(errors.values()) <= 1, errors
+
+
+def test_very_many_blocks():
+    config = NSAConfig(kernel_size=8, kernel_stride=4, block_size=16, num_selected_blocks=5, window_size=40)
+    shape = Shape(524288, 1, 1, 64, 64, config)
+    x = draw(shape, torch.device("cuda"))
+    with torch.no_grad():
+        indices = nsa_attention(x.q, x.k, x.v, x.gates, config).block_indices
+    errors = selection_errors(shape, x.q.detach(), x.k.detach(), indices)
+    assert max(errors.values()) <= 1, errors
 
 
 def test_memory_grows_with_the_length_alone():

@@ -489,6 +489,23 @@ def test_block_scores_of_the_largest_group_fit(compiler: Compiler, dim: int, pac
     assert scores.spill_bytes <= (150 if windows < 4 else 70 if pack > 1 else 20)
 
 
+@pytest.mark.parametrize("arch", SHARED_BYTES)
+@pytest.mark.parametrize("blocks", [16384, 32768])
+def test_picking_of_very_many_blocks_fits(compiler: Compiler, arch: int, blocks: int):
+    tokens, half = 64 * blocks, {"device": "meta", "dtype": torch.bfloat16}
+    q, k = torch.empty(tokens, 4, 128, **half), torch.empty(tokens // 16, 1, 128, **half)
+    bounds = torch.empty(2, dtype=torch.int32, device="meta")
+    with compiler.launches(arch) as launched:
+        launch_select_blocks(
+            q, k, torch.empty(tokens, 4, device="meta"), bounds, bounds, tokens, 32, 16, 64, 16, 1, 2, 0.1,
+            score_tiles(128, q.dtype, arch),
+        )  # fmt: skip
+    picks = [kernel for kernel in launched.values() if kernel.name == "_pick_blocks_kernel"]
+    assert len(picks) > 7
+    # As much as other devices have.
+    assert max(kernel.shared_bytes for kernel in picks) <= 99 << 10
+
+
 def kernel_names(decoding: bool = False) -> set[str]:
     """The kernels of the package, those of a cache or the others, so that a case cannot forget one."""
     modules = [importlib.import_module(m.name) for m in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}.")]

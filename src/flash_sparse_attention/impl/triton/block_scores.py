@@ -43,6 +43,8 @@ LEAST_TOKENS, LEAST_LENGTH = 4096, 8192
 MOST_PROGRAMS = 65535
 # Blocks that a warp keeps in registers; and those of the smallest kernel, of which there is one for each power of two.
 PICK_COLUMNS, LEAST_COLUMNS = 1024, 128
+# Blocks up to which slots may be stored in the layout that Triton chooses; it takes 8 bytes of shared memory for each.
+SHARED_COLUMNS = tl.constexpr(8192)
 
 
 def launch_select_blocks(
@@ -356,7 +358,10 @@ def _pick_blocks_kernel(
     of_lane = tl.sum(kept, 0)
     slot = tl.cumsum(kept, 0) + (tl.cumsum(of_lane) - of_lane)[None, :] - 1
     indices_ptr += ((token_start + token).to(tl.int64) * HEADS + head) * SLOTS
-    tl.store(indices_ptr + slot, tl.reshape(block, [COLUMNS // LANES, LANES]), mask=kept > 0)
+    if COLUMNS <= SHARED_COLUMNS:
+        tl.store(indices_ptr + slot, tl.reshape(block, [COLUMNS // LANES, LANES]), mask=kept > 0)
+    else:
+        tl.store(indices_ptr + tl.reshape(slot, [COLUMNS]), block, mask=tl.reshape(kept, [COLUMNS]) > 0)
     tl.debug_barrier()
     slots = tl.arange(0, SLOTS_PADDED)
     used = slots < wanted
