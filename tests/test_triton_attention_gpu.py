@@ -205,8 +205,9 @@ def test_logits_of_ten_thousand():
 # Groups of 4 and of 5, which choose blocks by two kernels.
 @pytest.mark.parametrize(("tokens", "heads"), [(524288, 5), (1048576, 4)])
 def test_gradients_of_long_sequences(tokens: int, heads: int):
-    if torch.cuda.mem_get_info()[1] < 100 << 30:
-        pytest.skip("needs 100 GiB of device memory")
+    # On a CPU the check takes 1.6 GiB at 32,768 tokens of 4 heads and 2.6 at 65,536: 34 at 1,048,576.
+    if torch.cuda.mem_get_info()[1] < 60 << 30:
+        pytest.skip("the float64 reference takes about 34 GiB of device memory, beside that of the kernels")
     shape = Shape(tokens, heads, 1)
     case = whole_case(shape, draw(shape, torch.device("cuda")))
     assert case.check_gradients

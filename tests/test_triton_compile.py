@@ -502,7 +502,7 @@ def test_picking_of_very_many_blocks_fits(compiler: Compiler, arch: int, blocks:
         )  # fmt: skip
     picks = [kernel for kernel in launched.values() if kernel.name == "_pick_blocks_kernel"]
     assert len(picks) > 7
-    # As much as other devices have.
+    # As much as other devices have. Triton 3.7 takes little for any way to store slots; 3.6 does not.
     assert max(kernel.shared_bytes for kernel in picks) <= 99 << 10
 
 

@@ -36,14 +36,14 @@ from .tuning import ScoreTiles, has_hopper_kernels, takes_hopper_kernels
 # Bytes of the scores of a chunk of tokens, and programs that a chunk is to have.
 SCORE_BYTES, SCORE_PROGRAMS = 256 << 20, 1024
 # Queries of a sequence in the mean, and tokens of the longest one, its past included, from which on block scores are
-# those of `block_scores_hopper`. H200, us, 40/8 and 64/4 heads of 128: 65,536 tokens 4571 -> 3323, 8933 -> 4761; 8,192
-# 105 -> 96, 159 -> 136; 16 sequences of 4,096 469 -> 551, 737 -> 748; 64/4: 8 of 8,192 1288 -> 1010, 4,096 67 -> 55.
+# those of `block_scores_hopper`. H200, us, 40/8 and 64/4 heads of 128: 65,536 tokens 4531 -> 3282, 9032 -> 4798; 8,192
+# 103 -> 98, 160 -> 137; 8 sequences of 8,192 718 -> 739, 1296 -> 1009; 16 of 4,096 464 -> 552, 743 -> 746.
 LEAST_TOKENS, LEAST_LENGTH = 4096, 8192
 # Along the second dimension of a grid.
 MOST_PROGRAMS = 65535
 # Blocks that a warp keeps in registers; and those of the smallest kernel, of which there is one for each power of two.
 PICK_COLUMNS, LEAST_COLUMNS = 1024, 128
-# Blocks up to which slots may be stored in the layout that Triton chooses; it takes 8 bytes of shared memory for each.
+# Blocks up to which slots may be stored in the layout that Triton chooses: 3.6 takes 8 bytes of shared memory for each.
 SHARED_COLUMNS = tl.constexpr(8192)
 
 
@@ -149,7 +149,7 @@ def _specialized_kernels(
 
 
 @triton.jit
-def _overlap(window, block, KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+def overlap_of(window, block, KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """geometry.overlap, in chunks."""
     start = tl.maximum(window, block * (BLOCK_SIZE // KERNEL_STRIDE))
     end = tl.minimum(window + KERNEL_SIZE // KERNEL_STRIDE, (block + 1) * (BLOCK_SIZE // KERNEL_STRIDE))
@@ -238,9 +238,9 @@ def _block_scores_kernel(
         q_3, lse_3 = _load_head(q_ptr, lse_ptr, in_pack, head * GROUP + 3, mask, STRIDE_Q, NUM_HEADS, DIM)
     column = tl.arange(0, BLOCKS * WINDOWS)
     in_block = tl.arange(0, WINDOWS)
-    own = _overlap(in_block, 0, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE).to(tl.float32)
+    own = overlap_of(in_block, 0, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE).to(tl.float32)
     own = tl.where(in_block < PER_BLOCK, own, 0.0)[None, None, :]
-    reach = _overlap(in_block, 1, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE).to(tl.float32)
+    reach = overlap_of(in_block, 1, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE).to(tl.float32)
     reach = tl.where(in_block < PER_BLOCK, reach, 0.0)[None, None, :]
     in_row = (slot * TOKENS + in_tile).to(tl.int64) * (NUM_HEADS // GROUP) + head
     scores_ptr += in_row[:, None] * columns

@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .block_scores import _overlap
+from .block_scores import overlap_of
 from .interval import interval_end
 from .primitives import LOG2_E, past_of, tile_of_rows
 from .selected_hopper import BARRIER, EDGE, LINE, TILE, WARPS
@@ -140,11 +140,11 @@ def _score(tile, q_s, k_s, lse_s, full, empty, scores_ptr, columns, first_block,
         apart = p.reshape([EDGE, BLOCKS, WINDOWS])
         L: gl.constexpr = apart.type.layout
         window = gl.arange(0, WINDOWS, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
-        own = _overlap(window, 0, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE).to(gl.float32)
+        own = overlap_of(window, 0, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE).to(gl.float32)
         sums = gl.sum(apart * own, axis=2)
         sums = gl.convert_layout(sums, by_row)
         if HALO:
-            reach = _overlap(window, 1, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE).to(gl.float32)
+            reach = overlap_of(window, 1, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE).to(gl.float32)
             reached = gl.convert_layout(gl.sum(apart * reach, axis=2), by_row)
             before = gl.maximum(gl.arange(0, BLOCKS, layout=gl.SliceLayout(0, by_row)) - 1, 0)
             zero = gl.zeros([EDGE, BLOCKS], gl.int32, by_row)

@@ -28,7 +28,7 @@ from torch import Tensor
 from ... import geometry
 from ...config import NSAConfig
 from ...types import KVPages
-from .block_scores import _overlap
+from .block_scores import overlap_of
 from .interval import MOST_TOKENS, interval_end
 from .primitives import (
     LN_2,
@@ -425,8 +425,8 @@ def _rank_blocks(
     in_block = tl.arange(0, WINDOWS)
     # geometry.newest_chunk
     window = in_block - (KERNEL_SIZE // KERNEL_STRIDE - 1)
-    own = _overlap(window, 0, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE).to(tl.float32)[None, :]
-    reach = _overlap(window, -1, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE).to(tl.float32)[None, :]
+    own = overlap_of(window, 0, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE).to(tl.float32)[None, :]
+    reach = overlap_of(window, -1, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_SIZE).to(tl.float32)[None, :]
     offs = tl.arange(0, BLOCKS)
     reached = end * 0.0
     # Scores from `end` to the end of a tile are -inf; so far they can be loaded several at a time.
