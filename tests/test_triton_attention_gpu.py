@@ -218,8 +218,12 @@ def test_gradients_of_long_sequences(tokens: int, heads: int):
 
 
 def test_very_many_blocks():
+    # On a CPU the check takes 0.6 GiB at 32,784 tokens and 2 at 65,552: 33 at 262,208.
+    if torch.cuda.mem_get_info()[1] < 60 << 30:
+        pytest.skip("the reference, which has the overlap of each window with each block, takes about 33 GiB")
     config = NSAConfig(kernel_size=8, kernel_stride=4, block_size=16, num_selected_blocks=5, window_size=40)
-    shape = Shape(524288, 1, 1, 64, 64, config)
+    # 16,388 blocks: one more power of two than 16,384.
+    shape = Shape(262208, 1, 1, 64, 64, config)
     x = draw(shape, torch.device("cuda"))
     with torch.no_grad():
         indices = nsa_attention(x.q, x.k, x.v, x.gates, config).block_indices
