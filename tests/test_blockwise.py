@@ -12,11 +12,20 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from flash_sparse_attention import Interval, NSAConfig, SequenceLayout, nsa_attention, selected_attention
+from compiled import graphs_of
+from flash_sparse_attention import (
+    Interval,
+    NSAConfig,
+    SequenceLayout,
+    nsa_attention,
+    selected_attention,
+    sliding_window_attention,
+)
 from flash_sparse_attention import functional as public
 from flash_sparse_attention.accuracy import FULL, Case, judge
 from flash_sparse_attention.impl.blockwise import interval, selected
 from flash_sparse_attention.impl.blockwise.common import Visible
+from flash_sparse_attention.nn import NativeSparseAttention
 
 PAPER = NSAConfig(num_selected_blocks=8, window_size=200)
 SMALL = NSAConfig(
@@ -280,6 +289,25 @@ def test_the_whole_compiles_to_one_graph_forward_and_backward():
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     for got, expected in zip(value_and_gradients(compiled), value_and_gradients(attend), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+# The first length is compiled as it is, the second as any.
+LENGTHS = (50, 51, 64, 100, 129)
+
+
+@pytest.mark.slow
+def test_lengths_compile_two_graphs():
+    torch.manual_seed(3)
+    calls = [tuple(torch.randn(2, n, heads, 8) for heads in (4, 2, 2)) for n in LENGTHS]
+    whole = [(*x, torch.randn(2, x[0].shape[1], 4, 3)) for x in calls]
+    slots = torch.arange(3, dtype=torch.int32)
+    chosen = [(*x, slots.expand(2, x[0].shape[1], 2, 3).contiguous()) for x in calls]
+    options = {"block_size": 16, "impl": "blockwise"}
+    assert graphs_of(lambda q, k, v, g: nsa_attention(q, k, v, g, SMALL, impl="blockwise").out, whole) == 2
+    assert graphs_of(lambda q, k, v, i: selected_attention(q, k, v, i, **options).out, chosen) == 2
+    assert graphs_of(lambda q, k, v: sliding_window_attention(q, k, v, window_size=9).out, calls) == 2
+    layer = NativeSparseAttention(32, num_heads=4, num_kv_heads=2, head_dim=8, config=SMALL)
+    assert graphs_of(layer, [(torch.randn(2, n, 32),) for n in LENGTHS]) == 2
 
 
 def test_gradients_are_not_differentiated_twice_in_silence():

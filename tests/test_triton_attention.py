@@ -13,6 +13,7 @@ from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from compiled import graphs_of
 from flash_sparse_attention import (
     Interval,
     NSAConfig,
@@ -158,6 +159,12 @@ def test_picks_the_best_blocks(columns: int, lanes: int, slots: int):
             )  # fmt: skip
             expected = torch.stack([picked(row, slots) for row in rows])
             assert torch.equal(indices[:, 0], expected)
+
+
+def test_lengths_compile_two_graphs():
+    # Some 13 windows in the shortest: none at all is a graph of its own.
+    calls = [(*draw(n, n), torch.randn(n, 4, 3)) for n in (50, 51, 64, 70)]
+    assert graphs_of(lambda q, k, v, g: nsa_attention(q, k, v, g, SMALL, impl="triton").out, calls) == 2
 
 
 def test_nan_of_another_sequence_stays_there():

@@ -679,7 +679,7 @@ class _Pack:
         lengths = self.layout.lengths
         counts = lengths if keys is None else tuple(map(keys.num_keys, self.layout.keys.lengths))
         if self.batched:
-            return {"B": len(counts), "S": max(counts, default=0), **dims}
+            return {"B": len(counts), "S": counts[0] if counts else 0, **dims}
         return {"N" if counts == lengths else "M": sum(counts), **dims}
 
     def flat(self, x: Tensor) -> Tensor:

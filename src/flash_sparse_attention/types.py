@@ -259,7 +259,7 @@ class SequenceLayout:
     @property
     def max_length(self) -> int:
         """Tokens of the longest sequence; 0 if there is none."""
-        return max(self.lengths, default=0)
+        return max(self.lengths) if self.lengths else 0
 
     @property
     def device(self) -> torch.device:

@@ -25,16 +25,16 @@ def check_tensor(
 ) -> Tensor:
     """`value` as a tensor of one of `dtypes` whose dimensions are those of `shape` (name -> size, None for any)."""
     dtypes = tuple(dtypes)
-    wanted = f"{_names(dtypes)} {_shape_text(shape)}"
+    # Texts are made for errors alone: `torch.compile` takes a size that is written into one as fixed.
     if not isinstance(value, Tensor):
-        raise bad(argument, f"a tensor {wanted}", type(value).__name__)
+        raise bad(argument, f"a tensor {_wanted(shape, dtypes)}", type(value).__name__)
     if value.dim() != len(shape):
         cure = cure or f"it needs {len(shape)} dimensions, not {value.dim()}"
-        raise bad(argument, wanted, list(value.shape), cure)
+        raise bad(argument, _wanted(shape, dtypes), list(value.shape), cure)
     if any(size is not None and size != have for size, have in zip(shape.values(), value.shape, strict=True)):
-        raise bad(argument, wanted, list(value.shape), cure)
+        raise bad(argument, _wanted(shape, dtypes), list(value.shape), cure)
     if value.dtype not in dtypes:
-        raise bad(argument, wanted, _name(value.dtype), f"convert it with .to({dtypes[0]})")
+        raise bad(argument, _wanted(shape, dtypes), _name(value.dtype), f"convert it with .to({dtypes[0]})")
     return value
 
 
@@ -95,8 +95,9 @@ def check_cu_seqlens(cu_seqlens: object, total_tokens: int | None) -> list[int]:
     return bounds
 
 
-def _shape_text(shape: dict[str, int | None]) -> str:
-    return "[" + ", ".join(name if size is None else f"{name}={size}" for name, size in shape.items()) + "]"
+def _wanted(shape: dict[str, int | None], dtypes: tuple[torch.dtype, ...]) -> str:
+    sizes = ", ".join(name if size is None else f"{name}={size}" for name, size in shape.items())
+    return f"{_names(dtypes)} [{sizes}]"
 
 
 def _excerpt(values: list[int]) -> str:

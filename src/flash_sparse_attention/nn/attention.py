@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..cache import FEW_TOKENS, Branches, LayerCache, NSACache, Step
 from ..config import NSAConfig
 from ..functional import CuSeqlens, nsa_attention, nsa_attention_with_kvcache
+from ..precision import no_autocast
 from ..types import NSAOutput, SequenceLayout
 from ..validation import FLOAT_DTYPES, bad, check_heads, check_positive, check_tensor
 from .compressors import Compressor
@@ -304,7 +305,7 @@ class NativeSparseAttention(nn.Module):
         q_NHD, k_NXHD, v_NXHD = self._heads(hidden)
         gates_NHX = self.branch_gate_proj(hidden * self._gate_scale).unflatten(-1, (-1, len(BRANCHES)))
         # The operators accumulate in float32 by themselves; autocast would round their scores to its own dtype.
-        with torch.autocast(hidden.device.type, enabled=False):
+        with no_autocast(hidden):
             out_NHD = self._attend(q_NHD, k_NXHD, v_NXHD, gates_NHX, layout, rotary, cache)
         return self.o_proj(out_NHD.flatten(1))
 

@@ -16,6 +16,7 @@ from ...nn import NativeSparseAttention
 from ...nn.attention import BranchGate
 from ...nn.causal_attention import causal_attention
 from ...nn.rotary import rotate
+from ...precision import no_autocast
 from ...validation import bad
 from .inputs import SparseInputs
 
@@ -126,7 +127,7 @@ class NSAAttention(NativeSparseAttention):
                 "softmax_scale": self.softmax_scale,
                 "impl": self.impl,
             }
-            with torch.autocast(hidden.device.type, enabled=False):
+            with no_autocast(hidden):
                 out = sliding_window_attention(q, k, v[:, pair], window_size=self.full_window, **options).out
         return self.o_proj(out.flatten(1))
 

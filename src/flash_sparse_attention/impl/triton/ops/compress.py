@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import repeat
 
 import torch
 import torch.nn.functional as F
@@ -31,10 +32,10 @@ def compress(
     Sums are float32. Matrices of the first layer are rounded to the dtype of x for the products; the second layer of
     `mlp`, and all that a position embedding adds, are float32.
     """
-    # By length, as windows of a cache come as thousands of sequences of one length.
+    # By length, as windows of a cache come as thousands of sequences of one length; traced, lengths may be symbols.
+    lengths = zip(layout.lengths, repeat(1)) if torch.compiler.is_compiling() else Counter(layout.lengths).items()
     num_windows = sum(
-        geometry.num_compressed_tokens(length, kernel_size, kernel_stride) * count
-        for length, count in Counter(layout.lengths).items()
+        geometry.num_compressed_tokens(length, kernel_size, kernel_stride) * count for length, count in lengths
     )
     sizes = layout.cu_seqlens, kernel_size, kernel_stride, num_windows
     # A position embedding adds the same to every window.
