@@ -310,6 +310,51 @@ def test_lengths_compile_two_graphs():
     assert graphs_of(layer, [(torch.randn(2, n, 32),) for n in LENGTHS]) == 2
 
 
+def whole(q: Tensor, k: Tensor, v: Tensor, gates: Tensor, impl: str = "blockwise") -> Tensor:
+    return nsa_attention(q, k, v, gates, SMALL, impl=impl).out
+
+
+def double_inputs(tokens: int) -> tuple[Tensor, ...]:
+    """q, k, v and gates in float64."""
+    torch.manual_seed(5)
+    sizes = ((tokens, 2, 4), (tokens, 1, 4), (tokens, 1, 4), (tokens, 2, 3))
+    return tuple(torch.randn(size, dtype=torch.float64, requires_grad=True) for size in sizes)
+
+
+def test_gradients_against_differences_and_of_nothing():
+    # It also asks for gradients where none comes from above.
+    assert torch.autograd.gradcheck(whole, double_inputs(24))
+
+
+def test_tangents_are_not_left_out_in_silence():
+    x = tuple(value.detach() for value in double_inputs(30))
+    tangents = tuple(map(torch.randn_like, x))
+    out, tangent = torch.func.jvp(lambda *x: whole(*x, impl="reference"), x, tangents)
+    torch.testing.assert_close(out, whole(*x))
+    leaves = [value.clone().requires_grad_() for value in x]
+    back = torch.randn_like(out)
+    gradients = torch.autograd.grad(whole(*leaves), leaves, back)
+    along = sum((gradient * value).sum() for gradient, value in zip(gradients, tangents, strict=True))
+    torch.testing.assert_close((back * tangent).sum(), along)
+
+    q, k, v, gates = x
+    slots = torch.zeros(30, 1, 1, dtype=torch.int32)
+    outs = q, q + 1, q + 2
+    for run, given in (
+        (lambda k: whole(q, k, v, gates), k),
+        (lambda gates: whole(q, k, v, gates), gates),
+        (lambda q: public.interval_attention(q, k, v, Interval()).out, q),
+        (lambda v: selected_attention(q, k, v, slots, block_size=16).lse, v),
+        (lambda gates: public.combine(*outs, gates), gates),
+    ):
+        with pytest.raises(NotImplementedError, match="has no derivative of forward mode"):
+            torch.func.jvp(run, (given,), (torch.ones_like(given),))
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError):
+            run(torch.autograd.forward_ad.make_dual(given, given))
+    # What PyTorch differentiates by itself.
+    assert torch.func.jvp(lambda k: public.compress(k, kernel_size=8, kernel_stride=4), (k,), (k,))[1].any()
+
+
 def test_gradients_are_not_differentiated_twice_in_silence():
     q, k, v = torch.randn(9, 2, 4, requires_grad=True), torch.randn(9, 1, 4), torch.randn(9, 1, 4)
     for result in (

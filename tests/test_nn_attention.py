@@ -487,6 +487,9 @@ def test_defaults_are_the_papers():
     assert layer.config == NSAConfig()
     assert (layer.head_dim, layer.head_dim_v, layer.rope_theta) == (128, 128, 10000.0)
     assert {p.device.type for p in layer.parameters()} == {"meta"}
+    # Shapes without values.
+    out = layer(torch.empty(2, 40, 8, device="meta"))
+    assert (out.shape, out.device.type) == ((2, 40, 8), "meta")
 
 
 def test_repr_shows_heads_and_config():

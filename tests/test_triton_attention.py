@@ -19,6 +19,7 @@ from flash_sparse_attention import (
     NSAConfig,
     SequenceLayout,
     combine,
+    compress,
     interval_attention,
     nsa_attention,
     select_blocks,
@@ -165,6 +166,22 @@ def test_lengths_compile_two_graphs():
     # Some 13 windows in the shortest: none at all is a graph of its own.
     calls = [(*draw(n, n), torch.randn(n, 4, 3)) for n in (50, 51, 64, 70)]
     assert graphs_of(lambda q, k, v, g: nsa_attention(q, k, v, g, SMALL, impl="triton").out, calls) == 2
+
+
+def test_tangents_are_not_left_out_in_silence():
+    q, k, v = (x.detach() for x in draw(20, 20))
+    gates, slots = torch.zeros(20, 4, 3), torch.zeros(20, 2, 1, dtype=torch.int32)
+    weight = torch.ones(2, 8)
+    windows = {"kernel_size": 8, "kernel_stride": 4, "impl": "triton"}
+    for run, given in (
+        (lambda q: nsa_attention(q, k, v, gates, SMALL, impl="triton").out, q),
+        (lambda k: interval_attention(q, k, v, Interval(), impl="triton").out, k),
+        (lambda v: selected_attention(q, k, v, slots, block_size=16, impl="triton").out, v),
+        (lambda gates: combine(q, q, q, gates, impl="triton"), gates),
+        (lambda weight: compress(k, kind="weighted", weight=weight, **windows), weight),
+    ):
+        with pytest.raises(NotImplementedError, match="has no derivative of forward mode"):
+            torch.func.jvp(run, (given,), (torch.ones_like(given),))
 
 
 def test_nan_of_another_sequence_stays_there():

@@ -13,6 +13,9 @@ Every operator takes
     impl: `auto`, or `reference`, `blockwise` or `triton`; an explicit choice that cannot run is an error.
 and raises `ValueError` for an argument of a wrong shape, dtype, device or value.
 
+Gradients are those of a backward pass, once: forward mode, second derivatives and the transforms of `torch.func` need
+`impl="reference"`, which is made of PyTorch's own operators; with others they are errors.
+
 Sources: NSA, arXiv 2502.11089, equations 5 to 12; FSA, arXiv 2508.18224.
 """
 
@@ -24,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from . import geometry
 from .config import NSAConfig, compression_kinds
@@ -94,7 +98,8 @@ def compress(
         raise bad("cu_seqlens", "the layout of all tokens of x", "one of the last tokens", "pass layout.keys")
     compression = Compression(kind, weight, bias, weight_out, bias_out, position_embedding)
     _check_compression(x, compression, kernel_size)
-    out = _run("compress", impl, x, pack.flat(x), compression, kernel_size, kernel_stride, pack.layout)
+    row = resolve("compress", impl, x.device, x.dtype, x.shape[-1])
+    out = _compute(row, pack.flat(x), compression, kernel_size, kernel_stride, pack.layout)
     return pack.restore(out)
 
 
@@ -134,9 +139,8 @@ def interval_attention(
     """
     pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens, cu_seqlens_k)
     scale = _check_qkv(pack, q, k, v, interval, softmax_scale, suffix="")
-    compute = load(resolve("interval_attention", impl, q.device, q.dtype, max(q.shape[-1], v.shape[-1])))
-    with no_autocast(q):
-        result = compute(*map(pack.flat, (q, k, v)), interval, pack.layout, scale)
+    row = resolve("interval_attention", impl, q.device, q.dtype, max(q.shape[-1], v.shape[-1]))
+    result = _compute(row, *map(pack.flat, (q, k, v)), interval, pack.layout, scale)
     return AttentionOutput(*map(pack.restore, result))
 
 
@@ -355,11 +359,10 @@ def selected_attention(
     check_positive("workspace_mib", workspace_mib)
     row = resolve("selected_attention", impl, q.device, q.dtype, max(q.shape[-1], v.shape[-1]))
     _check_loop_order(loop_order, row)
-    schedule = {"loop_order": loop_order, "workspace_mib": workspace_mib, "save_index": save_index}
+    schedule: dict[str, Any] = {"loop_order": loop_order, "workspace_mib": workspace_mib, "save_index": save_index}
     tensors = map(pack.flat, (q, k, v, block_indices))
-    with no_autocast(q):
-        options = schedule if row.impl == "triton" else {}
-        result = load(row)(*tensors, block_size, pack.layout, scale, **options)
+    options = schedule if row.impl == "triton" else {}
+    result = _compute(row, *tensors, block_size, pack.layout, scale, **options)
     return AttentionOutput(*map(pack.restore, result))
 
 
@@ -393,7 +396,8 @@ def combine(
     check_same("dtype", **named)
     _check_gates(pack, gates, heads)
     check_same("device", **named, gates=gates)
-    result = _run("combine", impl, out_window, *map(pack.flat, named.values()), pack.flat(gates))
+    row = resolve("combine", impl, out_window.device, out_window.dtype, dim)
+    result = _compute(row, *map(pack.flat, named.values()), pack.flat(gates))
     return pack.restore(result)
 
 
@@ -501,8 +505,7 @@ def nsa_attention(
         shared = k_window is k and v_window is v
         own = (None, None) if shared else (pack.flat(k_window), pack.flat(v_window))
         options = config, pack.layout, scale, loop_order, workspace_mib, recompute
-        with no_autocast(q):
-            result = load(row)(*tensors, *own, pack.flat(gates), *options)
+        result = _compute(row, *tensors, *own, pack.flat(gates), *options)
         return NSAOutput(*map(pack.restore, result))
     out_compressed, lse = compressed_attention(q, k_compressed, v_compressed, **windows, **common)
     block_indices = select_blocks(
@@ -692,11 +695,21 @@ class _Pack:
         return x.reshape(batch, x.shape[0] // max(batch, 1), *x.shape[1:]) if self.batched else x
 
 
-def _run(operator: str, impl: str, x: Tensor, *args: Any) -> Any:
-    """Computes `operator` by the implementation that `impl` means for tensors like `x`."""
-    compute = load(resolve(operator, impl, x.device, x.dtype, x.shape[-1]))
+def _compute(row: Capability, x: Tensor, *args: Any, **options: Any) -> Any:
+    """Computes the operator of a row; `x` is the first of what it is given.
+
+    Raises:
+        NotImplementedError: for tangents of forward-mode differentiation, if it would leave them out in silence.
+    """
+    if row.backward_only and not torch.compiler.is_compiling():
+        given = (value for arg in (x, *args) for value in (arg if isinstance(arg, tuple) else (arg,)))
+        if any(isinstance(value, Tensor) and unpack_dual(value).tangent is not None for value in given):
+            raise NotImplementedError(
+                f"{row.operator} with impl={row.impl!r} has no derivative of forward mode (jvp): use impl='reference', "
+                "or the backward pass"
+            )
     with no_autocast(x):
-        return compute(*args)
+        return load(row)(x, *args, **options)
 
 
 def _check_qkv(

@@ -48,6 +48,7 @@ class Capability:
         loop_orders: the loop orders of selected attention between which a caller may choose.
         max_reach: how many blocks past its first a compression window may reach, or None; see `geometry.windows_reach`.
         max_slots: the largest number of blocks that a query may keep, or None.
+        backward_only: whether it has derivatives for the backward pass alone, and none of forward mode (`jvp`).
     """
 
     operator: str
@@ -61,6 +62,7 @@ class Capability:
     loop_orders: tuple[str, ...] = ()
     max_reach: int | None = None
     max_slots: int | None = None
+    backward_only: bool = False
 
     def refusal(
         self, device: torch.device, dtype: torch.dtype, head_dim: int = 0, reach: int = 0, slots: int = 0
@@ -103,6 +105,7 @@ CAPABILITIES: tuple[Capability, ...] = (
             loop_orders=loop_orders,
             max_reach=1 if op in ("select_blocks", WHOLE) else None,
             max_slots=256 if op in ("select_blocks", WHOLE) else None,
+            backward_only=op != "select_blocks",
         )
         for op, note, loop_orders in (
             ("compress", "Triton kernels", ()),
@@ -143,6 +146,7 @@ CAPABILITIES: tuple[Capability, ...] = (
             True,
             "PyTorch in blocks, memory linear in N",
             loop_orders=("kv_outer",) if op in ("selected_attention", WHOLE) else (),
+            backward_only=op in ("interval_attention", "selected_attention", "combine", WHOLE),
         )
         for op in (*OPERATORS, WHOLE, WITH_KVCACHE, *CACHE_WRITES)
     ),

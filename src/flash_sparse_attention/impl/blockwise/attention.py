@@ -217,6 +217,8 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
 def _differentiate(ctx, grads):  # type: ignore[no-untyped-def]
     # Once: activation checkpointing computes them again when they are taken, and refuses a second time.
     saved = ctx.saved_tensors
+    if grads[0] is None:
+        return (None,) * (10 + len(ctx.sizes))
     gradients = _nsa_attention_backward(grads[0], *saved[:10], list(saved[10:]), *ctx.sizes)
     d_window = gradients[6:] or (None, None)
     return (*gradients[:5], *d_window, gradients[5], None, None, *(None for _ in ctx.sizes))
