@@ -693,6 +693,8 @@ def test_another_attention_batch_or_dtype(layer: NativeSparseAttention):
     model = LanguageModel(LanguageModelConfig(num_layers=1, nsa=CONFIGS["fsa"]))
     with pytest.raises(ValueError, match="cache must be made for num_layers=1, got 3"):
         model(torch.zeros(1, 1, dtype=torch.int64), cache=model.layers[0].self_attn.new_cache(1, num_layers=3))
+    with pytest.raises(ValueError, match="cache must be an NSACache or None, got LayerCache: new_cache makes one"):
+        model(torch.zeros(1, 1, dtype=torch.int64), cache=model.new_cache(1).layers[0])
     assert cache.lengths == (0, 0)
 
 

@@ -604,6 +604,7 @@ def test_odd_heads_are_fine_without_rotary():
         (lambda f, x: f(x.view(2, 20, 12), None, torch.arange(20)), r"position_ids .* \[B=2, S=20\], got \[20\]"),
         (lambda f, x: f(x, None, torch.arange(40.0)), r"position_ids must be int64/int32 \[N=40\], got float32"),
         (lambda f, x: f(x, None, torch.arange(40, device="meta")), r"position_ids must be of the same device"),
+        (lambda f, x: f(x, cache=f.new_cache(1, 64)), r"cache must be a LayerCache or None, got NSACache: one of"),
     ],
 )
 def test_refuses_tensors(call, message):

@@ -432,6 +432,9 @@ class NativeSparseAttention(nn.Module):
 
     def _check_cache(self, layout: SequenceLayout, position_ids: Tensor | None, cache: LayerCache) -> None:
         """The cache is of this layer, and is being extended by these tokens."""
+        if not isinstance(cache, LayerCache):
+            cure = "one of `layers` of an NSACache, within `with cache.extend(layout):`"
+            raise bad("cache", "a LayerCache or None", type(cache).__name__, cure)
         of = cache.shared
         sizes = {
             "config": (of.config, self.config),

@@ -213,6 +213,8 @@ class LanguageModel(nn.Module):
         if last_logits and 0 in layout.lengths:
             raise bad("tokens", "at least one in each sequence with last_logits", list(layout.lengths))
         if cache is not None:
+            if not isinstance(cache, NSACache):
+                raise bad("cache", "an NSACache or None", type(cache).__name__, "new_cache makes one")
             if len(cache.layers) != len(self.layers):
                 raise bad("cache", f"made for num_layers={len(self.layers)}", len(cache.layers))
             with torch.no_grad(), cache.extend(layout):
