@@ -190,6 +190,8 @@ def test_default_sizes_are_those_of_the_configuration(impl: str):
                 assert parameter.default == defaults[name], (operator, name)
     x = {name: value[:, :40].repeat(1, 5, 1, 1) for name, value in batch().items()}
     assert torch.equal(fsa.nsa_attention(**x, impl=impl).out, fsa.nsa_attention(**x, config=NSAConfig(), impl=impl).out)
+    with pytest.raises(ValueError, match="config must be an NSAConfig or None, got str: "):
+        fsa.nsa_attention(**x, config="paper", impl=impl)
 
 
 def test_default_scale_is_the_root_of_the_head_dimension(impl: str):

@@ -587,6 +587,21 @@ def test_odd_heads_are_fine_without_rotary():
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"config": "paper"}, "config must be an NSAConfig or None, got str: NSAConfig.preset makes one of a name"),
+        ({"config": {"block_size": 64}}, "config must be an NSAConfig or None, got dict"),
+        ({"impl": "cuda"}, "impl must be one of auto, reference, blockwise, triton, got 'cuda'"),
+        ({"loop_order": "kv"}, "loop_order must be one of auto, kv_outer, query_outer, got 'kv'"),
+        ({"recompute": "all"}, "recompute must be one of compressed, selected, window, index, got 'all'"),
+    ],
+)
+def test_refuses_options_when_it_is_made(options, message):
+    with pytest.raises(ValueError, match=message):
+        NativeSparseAttention(8, 2, 1, **options)
+
+
+@pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda f, x: f(x[:, :11]), r"hidden_states must be .*\[N, hidden_size=12\], got \[40, 11\]: pack it as"),

@@ -48,6 +48,9 @@ def test_uniform_layout_is_a_flattened_batch():
 def test_layout_refuses_negative_lengths():
     with pytest.raises(ValueError, match=r"lengths must not be negative, got \[3, -1\]"):
         SequenceLayout.from_lengths([3, -1])
+    with pytest.raises(ValueError, match=r"lengths must be whole numbers of tokens, got \[1.5, 2\]"):
+        SequenceLayout.from_lengths([1.5, 2])
+    assert SequenceLayout.from_lengths(torch.tensor([3, 4])).lengths == (3, 4)
 
 
 def test_layout_compares_by_identity():

@@ -146,6 +146,22 @@ class NSAConfig:
         return self.from_dict({**self.to_dict(), **changes})
 
 
+def config_or_default(config: NSAConfig | None) -> NSAConfig:
+    """`config`; for None the default, `NSAConfig()`.
+
+    Raises:
+        ValueError: if it is something else, such as the name of a preset.
+    """
+    if config is None:
+        return NSAConfig()
+    if not isinstance(config, NSAConfig):
+        raise ValueError(
+            f"config must be an NSAConfig or None, got {type(config).__name__}: NSAConfig.preset makes one of a name, "
+            "NSAConfig.from_dict of a dictionary"
+        )
+    return config
+
+
 def preset_names() -> tuple[str, ...]:
     """Names that `NSAConfig.preset` takes."""
     return tuple(_PRESETS)

@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
 
 from . import geometry
-from .config import NSAConfig, compression_kinds
+from .config import NSAConfig, compression_kinds, config_or_default
 from .geometry import Interval
 from .impl import OPERATORS, WHOLE, WITH_KVCACHE, Capability, load, resolve
 from .precision import no_autocast
@@ -47,6 +47,8 @@ from .validation import (
 )
 
 CuSeqlens = Tensor | SequenceLayout | None
+# Of selected attention, where an implementation has both.
+LOOP_ORDERS = ("auto", "kv_outer", "query_outer")
 # What `nsa_attention` may compute again in its backward pass.
 RECOMPUTE = ("compressed", "selected", "window", "index")
 
@@ -460,7 +462,7 @@ def nsa_attention(
         >>> nsa_attention(q, k, v, gates=torch.zeros(1, 300, 8, 3)).out.shape
         torch.Size([1, 300, 8, 16])
     """
-    config = NSAConfig() if config is None else config
+    config = config_or_default(config)
     pack = _Pack.of("q", q, "Hq", "Dk", cu_seqlens, cu_seqlens_k)
     k_window, v_window = k if k_window is None else k_window, v if v_window is None else v_window
     _check_qkv(pack, q, k, v, Interval(), softmax_scale, suffix="")
@@ -565,7 +567,7 @@ def nsa_attention_with_kvcache(
         >>> nsa_attention_with_kvcache(torch.randn(2, 1, 8, 16), torch.zeros(2, 1, 8, 3), pages).out.shape
         torch.Size([2, 1, 8, 16])
     """
-    config = NSAConfig() if config is None else config
+    config = config_or_default(config)
     check_tensor("q", q, {"B": None, "S": None, "Hq": None, "Dk": None}, FLOAT_DTYPES)
     batch, tokens, num_heads, head_dim = q.shape
     check_pages(pages, config)
@@ -732,7 +734,7 @@ def _check_qkv(
 
 def _check_loop_order(loop_order: str, row: Capability) -> None:
     """The loop order is one between which the implementation lets a caller choose."""
-    check_choice("loop_order", loop_order, ("auto", "kv_outer", "query_outer"))
+    check_choice("loop_order", loop_order, LOOP_ORDERS)
     if loop_order != "auto" and loop_order not in row.loop_orders:
         choices = " or ".join(map(repr, ("auto", *row.loop_orders)))
         cure = "pass loop_order='auto', or another impl"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -165,6 +166,12 @@ class SequenceLayout:
     @classmethod
     def from_lengths(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> SequenceLayout:
         """The layout of sequences of these lengths (tokens). Does not wait for the device."""
+        # Traced, they may be symbols.
+        if not torch.compiler.is_compiling():
+            try:
+                lengths = [operator.index(length) for length in lengths]
+            except TypeError as error:
+                raise bad("lengths", "whole numbers of tokens", repr(lengths)) from error
         if any(length < 0 for length in lengths):
             raise ValueError(f"lengths must not be negative, got {list(lengths)}")
         bounds = [0]

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import FEW_TOKENS, Branches, LayerCache, NSACache, Step
-from ..config import NSAConfig
-from ..functional import CuSeqlens, nsa_attention, nsa_attention_with_kvcache
+from ..config import NSAConfig, config_or_default
+from ..functional import LOOP_ORDERS, RECOMPUTE, CuSeqlens, nsa_attention, nsa_attention_with_kvcache
+from ..impl import IMPLEMENTATIONS
 from ..precision import no_autocast
 from ..types import NSAOutput, SequenceLayout
-from ..validation import FLOAT_DTYPES, bad, check_heads, check_positive, check_tensor
+from ..validation import FLOAT_DTYPES, bad, check_choice, check_heads, check_positive, check_tensor
 from .compressors import Compressor
 from .packing import positions_of
 from .rotary import Rotary, Rotation, check_rotary, rotate, rotation
@@ -161,10 +162,11 @@ class NativeSparseAttention(nn.Module):
         self.head_dim_v = head_dim_v
         self.rope_theta = rope_theta
         self.softmax_scale = softmax_scale
-        self.config = config = NSAConfig() if config is None else config
+        self.config = config = config_or_default(config)
         self.impl = impl
         self.loop_order = loop_order
         self.recompute = (recompute,) if isinstance(recompute, str) else tuple(recompute)
+        check_options(impl, loop_order, self.recompute)
         self._recorders: list[Callable[[AttentionRecord], None]] = []
 
         # Both k and v of the three branches come from one product; 1 where the branches share them.
@@ -515,6 +517,18 @@ def check_attention(
     check_heads(num_heads, num_kv_heads)
     if rope_theta is not None:
         check_rotary(head_dim, rope_theta)
+
+
+def check_options(impl: str, loop_order: str, recompute: Collection[str]) -> None:
+    """The options of a layer exist.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
+    check_choice("loop_order", loop_order, LOOP_ORDERS)
+    for part in recompute:
+        check_choice("recompute", part, RECOMPUTE)
 
 
 def check_hidden_states(hidden_states: Tensor, hidden_size: int) -> int:

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ...config import NSAConfig
-from ...functional import RECOMPUTE
-from ...impl import IMPLEMENTATIONS
 from ...nn.attention import BRANCHES
-from ...validation import bad, check_choice
+from ...nn.attention import check_options as check_layer_options
+from ...validation import bad
 
 # Weights of the compressed, the selected and the window branch that a converted model starts with. They sum to 1, as
 # the last two are full attention where they cover everything. Measured on a trained model, see docs/transformers.md.
@@ -93,10 +92,7 @@ def check_options(impl: str = "auto", loop_order: str = "auto", recompute: Seque
     """
     if others:
         raise bad("nsa_options", "of impl, loop_order and recompute", ", ".join(sorted(others)))
-    check_choice("impl", impl, ("auto", *IMPLEMENTATIONS))
-    check_choice("loop_order", loop_order, ("auto", "kv_outer", "query_outer"))
-    for part in [recompute] if isinstance(recompute, str) else recompute:
-        check_choice("recompute", part, RECOMPUTE)
+    check_layer_options(impl, loop_order, [recompute] if isinstance(recompute, str) else recompute)
 
 
 def check_layers(layers: Sequence[int], count: int) -> list[int]:
