@@ -358,6 +358,11 @@ class TestResume:
             train(tiny_config(texts), tmp_path / "run", resume=True)
         with pytest.raises(ValueError, match="not both"):
             train(tiny_config(texts), tmp_path / "run", resume=True, overwrite=True)
+        (tmp_path / "file").write_text("kept")
+        for resume in (False, True):
+            with pytest.raises(ValueError, match=r"output must be a directory, got '.*file', which is a file: choose"):
+                train(tiny_config(texts), tmp_path / "file", resume=resume)
+        assert (tmp_path / "file").read_text() == "kept"
 
 
 class TestOverwrite:

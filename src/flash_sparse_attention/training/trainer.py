@@ -463,6 +463,8 @@ def _check_output(output: Path, resume: bool, overwrite: bool, pretrained: str |
     """The checkpoint to continue from, or None to start."""
     if resume and overwrite:
         raise bad("resume and overwrite", "not both set", "both", "continue the run or replace it")
+    if output.exists() and not output.is_dir():
+        raise bad("output", "a directory", f"{str(output)!r}, which is a file", "choose another --output")
     found = checkpoints.checkpoints(output)
     if overwrite and pretrained and Path(pretrained).expanduser().resolve().is_relative_to(output.resolve()):
         cure = "choose another --output"
