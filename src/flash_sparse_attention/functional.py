@@ -14,7 +14,8 @@ Every operator takes
 and raises `ValueError` for an argument of a wrong shape, dtype, device or value.
 
 Gradients are those of a backward pass, once: forward mode, second derivatives and the transforms of `torch.func` need
-`impl="reference"`, which is made of PyTorch's own operators; with others they are errors.
+`impl="reference"`, which is made of PyTorch's own operators; with others they are errors. Only within `torch.compile`
+forward mode goes unnoticed, and has tangents of zero.
 
 Sources: NSA, arXiv 2502.11089, equations 5 to 12; FSA, arXiv 2508.18224.
 """
@@ -701,7 +702,8 @@ def _compute(row: Capability, x: Tensor, *args: Any, **options: Any) -> Any:
     """Computes the operator of a row; `x` is the first of what it is given.
 
     Raises:
-        NotImplementedError: for tangents of forward-mode differentiation, if it would leave them out in silence.
+        NotImplementedError: for tangents of forward-mode differentiation, if it would leave them out in silence. Not
+            while `torch.compile` traces: its tracer was seen to follow the question with torch 2.13 alone.
     """
     if row.backward_only and not torch.compiler.is_compiling():
         given = (value for arg in (x, *args) for value in (arg if isinstance(arg, tuple) else (arg,)))
