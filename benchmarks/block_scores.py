@@ -1,10 +1,10 @@
-"""Times of the two kernels of block scores: the one for any device, and the one for Hopper.
+"""Times of block selection: of the two kernels of block scores, for any device and for Hopper, and of the pick.
 
     python benchmarks/block_scores.py --output benchmarks/results/h200
 
 Each case selects blocks for random bfloat16 queries and compressed keys, with both kernels, whatever group and lengths
-each is for. Times are those of the kernels of scores alone, by `torch.profiler`: the least of four runs, each after a
-write of 1 GiB that empties the caches. Both are to select the same blocks, but for ties of rounding. Needs sm_90.
+each is for. Times are those of kernels alone, by `torch.profiler`: the least of four runs, each after a write of 1 GiB
+that empties the caches. Both are to select the same blocks, but for ties of rounding. Needs sm_90.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ from flash_sparse_attention.impl.triton.tuning import runs_gluon, score_tiles
 
 NAME = "block_scores.json"
 PAPER, APART, WHOLE, FINE = (32, 16), (32, 32), (64, 64), (16, 8)
-LONG = (65536,)
+LONG, LONGEST = (65536,), (131072,)
 # Lengths, heads, kv heads, windows and their stride.
 CASES = [
     *(((length,), *heads, *PAPER) for length in (65536, 32768, 16384, 8192) for heads in ((24, 8), (32, 8), (40, 8))),
     *(((length,), *heads, *PAPER) for length in (65536, 32768, 16384, 8192) for heads in ((16, 8), (64, 4))),
     *((LONG, *heads, *PAPER) for heads in ((64, 8), (32, 4), (32, 1))),
+    (LONGEST, 32, 8, *PAPER),
     *((LONG, *heads, *sizes) for sizes in (APART, WHOLE, FINE) for heads in ((40, 8), (64, 4))),
     *((lengths, *heads, *PAPER) for lengths in ((4096,) * 16, (8192,) * 8) for heads in ((40, 8), (64, 4))),
 ]
@@ -41,8 +42,8 @@ DIM, BLOCK_SIZE, SLOTS = 128, 64, 16
 RUNS, LEAST_AGREEMENT = 4, 0.999
 
 
-def least_us(run: Callable[[], Tensor], flush: Tensor) -> float:
-    """Microseconds of the kernels of scores of a run."""
+def least_us(run: Callable[[], Tensor], kernels: str, flush: Tensor) -> float:
+    """Microseconds of such kernels of a run."""
     times = []
     for _ in range(RUNS):
         flush.zero_()
@@ -50,8 +51,7 @@ def least_us(run: Callable[[], Tensor], flush: Tensor) -> float:
             run()
             torch.cuda.synchronize()
         events = [event for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        kernels = [event for event in events if "block_scores" in event.name]
-        times.append(sum(event.time_range.elapsed_us() for event in kernels))
+        times.append(sum(event.time_range.elapsed_us() for event in events if kernels in event.name))
     return min(times)
 
 
@@ -91,7 +91,11 @@ def measure(
         "kv_heads": kv_heads,
         "kernel_size": kernel_size,
         "kernel_stride": stride,
-        "us": {"triton": least_us(lambda: select(False), flush), "hopper": least_us(lambda: select(True), flush)},
+        "us": {
+            "triton": least_us(lambda: select(False), "block_scores", flush),
+            "hopper": least_us(lambda: select(True), "block_scores", flush),
+            "pick": least_us(lambda: select(True), "pick_blocks", flush),
+        },
         "same_selections": agreement,
     }
 

@@ -137,8 +137,8 @@ def picked(scores: Tensor, slots: int) -> Tensor:
     return torch.tensor([*chosen, *[-1] * (slots - len(chosen))], dtype=torch.int32)
 
 
-@pytest.mark.parametrize(("columns", "lanes"), [(128, 32), (1024, 32), (2048, 32), (512, 64), (16384, 512)])
-@pytest.mark.parametrize("slots", [4, 16, 40])
+@pytest.mark.parametrize(("columns", "lanes"), [(128, 32), (256, 32), (1024, 32), (2048, 32), (512, 64), (16384, 512)])
+@pytest.mark.parametrize("slots", [4, 16, 40, 250])
 def test_picks_the_best_blocks(columns: int, lanes: int, slots: int):
     block_scores = importlib.import_module("flash_sparse_attention.impl.triton.block_scores")
     tokens = 4

@@ -217,6 +217,43 @@ def test_gradients_of_long_sequences(tokens: int, heads: int):
         assert max(errors.values()) <= 1, errors
 
 
+@pytest.mark.parametrize("columns", [128, 256, 512, 1024, 2048, 4096, 16384, 32768])
+@pytest.mark.parametrize("slots", [4, 16, 250])
+def test_picks_the_best_blocks(columns: int, slots: int):
+    block_scores = importlib.import_module("flash_sparse_attention.impl.triton.block_scores")
+    options = block_scores._pick_options(columns)
+    # The last tokens of a sequence of blocks of one token, so that each has one block more.
+    tokens = 100
+    past = columns - tokens
+    bounds, bounds_k = (torch.tensor([0, n], dtype=torch.int32, device="cuda") for n in (tokens, columns))
+    block = torch.arange(columns, device="cuda")
+    eligible = past + 1 + torch.arange(tokens, device="cuda")[:, None]
+    random = torch.rand(tokens, columns, device="cuda")
+    for scores in (
+        random,
+        (7 * random).round(),
+        0 * random,
+        10 ** (30 * random - 20),
+        random * (random > 0.99),
+        torch.where(random > 0.9, torch.nan, random),
+    ):
+        # No number counts as 0, also behind the last block.
+        held = torch.full((tokens * columns + columns,), torch.nan, device="cuda")
+        held[: scores.numel()] = torch.where(block < eligible, scores, torch.nan).flatten()
+        indices = torch.full((tokens, 1, slots), -7, dtype=torch.int32, device="cuda")
+        block_scores._pick_blocks_kernel[(tokens, 1)](
+            held, bounds, bounds_k, indices, 1, 0, columns, 1, tokens, 1, slots, 1 << (slots - 1).bit_length(), 1, 2,
+            columns, 32 * options["num_warps"], **options,
+        )  # fmt: skip
+        ranked = torch.where((block < 1) | (block >= eligible - 2), torch.inf, scores.nan_to_num(0))
+        ranked = torch.where(block < eligible, ranked, -1.0)
+        best = ranked.sort(dim=1, descending=True, stable=True).indices[:, :slots]
+        expected = torch.full_like(indices[:, 0], -1)
+        chosen = torch.where(best < eligible, best, columns).sort(dim=1).values
+        expected[:, : chosen.shape[1]] = torch.where(chosen < columns, chosen, -1).int()
+        assert torch.equal(indices[:, 0], expected)
+
+
 def test_very_many_blocks():
     # On a CPU the check takes 0.6 GiB at 32,784 tokens and 2 at 65,552: 33 at 262,208.
     if torch.cuda.mem_get_info()[1] < 60 << 30:

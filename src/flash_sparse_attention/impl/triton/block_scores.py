@@ -43,8 +43,10 @@ LEAST_TOKENS, LEAST_LENGTH = 4096, 8192
 MOST_PROGRAMS = 65535
 # Blocks that a warp keeps in registers; and those of the smallest kernel, of which there is one for each power of two.
 PICK_COLUMNS, LEAST_COLUMNS = 1024, 128
-# Blocks up to which slots may be stored in the layout that Triton chooses: 3.6 takes 8 bytes of shared memory for each.
-SHARED_COLUMNS = tl.constexpr(8192)
+# Registers of a thread that picks, with which 32 warps fit into a multiprocessor; and warps of a row at most.
+PICK_REGISTERS, PICK_WARPS = 64, 16
+# Blocks up to which slots are numbered in bytes.
+FEW_COLUMNS = tl.constexpr(256)
 
 
 def launch_select_blocks(
@@ -97,7 +99,9 @@ def launch_select_blocks(
     most_blocks = triton.cdiv(max_length, block_size)
     chunk = max(1, SCORE_BYTES // (4 * tokens * num_kv_heads * most_blocks))
     chunk = min(chunk, token_tiles, MOST_PROGRAMS)
-    scores = torch.empty(chunk * tokens * num_kv_heads * most_blocks, dtype=torch.float32, device=q.device)
+    # What picks the blocks reads as many as its kernel holds, behind the last row too.
+    behind = padded(most_blocks, LEAST_COLUMNS)
+    scores = torch.empty(chunk * tokens * num_kv_heads * most_blocks + behind, dtype=torch.float32, device=q.device)
     for first_tile in range(0, token_tiles, chunk):
         some = min(chunk, token_tiles - first_tile)
         newest = max_length
@@ -123,13 +127,21 @@ def launch_select_blocks(
                 tokens, blocks, windows, group <= tiles.resident, tiles.stages, num_warps=tiles.warps,
             )  # fmt: skip
         held = padded(columns, LEAST_COLUMNS)
-        warps = min(max(1, held // PICK_COLUMNS), 16)
+        options = _pick_options(held)
         _pick_blocks_kernel[(some * tokens, num_kv_heads)](
             scores, cu_seqlens, cu_seqlens_k, indices, num_sequences, first_tile, columns,
             num_kv_heads, tokens, block_size, num_selected_blocks, padded(num_selected_blocks),
-            num_init_blocks, num_local_blocks, held, 32 * warps, num_warps=warps,
+            num_init_blocks, num_local_blocks, held, 32 * options["num_warps"], **options,
         )  # fmt: skip
     return indices
+
+
+def _pick_options(columns: int) -> dict[str, int]:
+    """Warps, and the bound of registers where the row leaves room for one and the device knows it."""
+    options = {"num_warps": min(max(1, columns // PICK_COLUMNS), PICK_WARPS)}
+    if columns <= PICK_COLUMNS * PICK_WARPS and torch.version.hip is None:
+        options["maxnreg"] = PICK_REGISTERS
+    return options
 
 
 def _specialized_kernels(
@@ -280,6 +292,51 @@ def _block_scores_kernel(
         tl.store(scores_ptr + block[None, :], scores, mask=stored)
 
 
+@triton.jit
+def _slots_of_few(kept, indices_ptr, block):
+    """Stores the kept blocks in order; kept [ROWS, LANES], of 256 at most, row after row.
+
+    Four rows are counted at once, each in a byte of a sum, which holds any slot. Worked example, rows of two lanes
+    with 1 1, 0 1, 1 0 and 0 0 kept: the lanes count 1 0 1 0 and 1 1 0 0, before the rows stand 0 2 3 4, so that the
+    slots of the second lane are 0+1, 2+0, 3+1 (not kept) and 4+0 (neither).
+    """
+    ROWS: tl.constexpr = kept.shape[0]
+    LANES: tl.constexpr = kept.shape[1]
+    shift = 8 * tl.arange(0, 4)[None, :, None]
+    counts = tl.sum(tl.reshape(kept, [ROWS // 4, 4, LANES]) << shift, 1)
+    of_rows = tl.sum(counts, 1)
+    of_words = (of_rows + (of_rows >> 8) + (of_rows >> 16) + (of_rows >> 24)) & 0xFF
+    before = (tl.cumsum(of_words) - of_words) * 0x01010101 + (of_rows << 8) + (of_rows << 16) + (of_rows << 24)
+    slots = tl.cumsum(counts, 1) - counts + before[:, None]
+    slot = (slots[:, None, :] >> shift) & 0xFF
+    tl.store(indices_ptr + tl.reshape(slot, [ROWS * LANES]), block, mask=tl.reshape(kept, [ROWS * LANES]) > 0)
+
+
+@triton.jit
+def _slots_by_lane(kept, indices_ptr):
+    """Stores the kept blocks lane after lane, in as many steps as one lane has of them; kept [ROWS, LANES].
+
+    A lane's rows are bits of a word, of which the lowest is stored and cleared in each step.
+    """
+    ROWS: tl.constexpr = kept.shape[0]
+    LANES: tl.constexpr = kept.shape[1]
+    DEPTH: tl.constexpr = min(ROWS, 32)
+    apart = tl.reshape(kept, [ROWS // DEPTH, DEPTH, LANES])
+    rest = tl.sum(apart << tl.arange(0, DEPTH)[None, :, None], 1)
+    counts = tl.sum(apart, 1)
+    of_lane = tl.sum(counts, 0)
+    slot = tl.cumsum(counts, 0) - counts + (tl.cumsum(of_lane) - of_lane)[None, :]
+    row = DEPTH * tl.arange(0, ROWS // DEPTH)[:, None]
+    lane = tl.arange(0, LANES)[None, :]
+    for _ in range(tl.max(tl.max(counts, 0))):
+        there = rest != 0
+        # Of a power of two, or of its negative, the exponent tells the place of the bit.
+        exponent = ((rest & -rest).to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 0xFF
+        tl.store(indices_ptr + slot, (row + exponent - 127) * LANES + lane, mask=there)
+        slot += there.to(tl.int32)
+        rest &= rest - 1
+
+
 @triton.jit(do_not_specialize=["num_sequences", "first_tile", "columns"])
 def _pick_blocks_kernel(
     scores_ptr,
@@ -321,21 +378,24 @@ def _pick_blocks_kernel(
     wanted = tl.minimum(SLOTS, eligible)
     block = tl.arange(0, COLUMNS)
     row = tl.program_id(0).to(tl.int64) * HEADS + head
-    score = tl.load(scores_ptr + row * columns + block, mask=block < eligible, other=0.0)
+    # What lies behind the eligible ones may be anything. With masks, each load would wait for the one before.
+    score = tl.load(scores_ptr + row * columns + block)
     # The larger of the two drops NaN.
     bits = tl.maximum(score, 0.0).to(tl.int32, bitcast=True)
     # geometry.first_local_block
     bits = tl.where((block < INIT_BLOCKS) | (block >= eligible - LOCAL_BLOCKS), 0x7FFFFFFF, bits)
     bits = tl.where(block < eligible, bits, -1)
 
-    # In groups of elements that one thread holds.
-    best = tl.reshape(tl.max(tl.reshape(bits, [COLUMNS // (4 * LANES), 4, LANES]), 1), [COLUMNS // 4])
-    found = tl.sum((best >= 0).to(tl.int32))
+    # In groups of elements that one thread holds; at least the least of the maxima of threads is that of each of them.
+    best = tl.max(tl.reshape(bits, [COLUMNS // (4 * LANES), 4, LANES]), 1)
     low = wanted * 0
-    high = low + 0x7FFFFFFF
+    if SLOTS <= LANES:
+        low = tl.maximum(tl.min(tl.max(best, 0)), 0)
+    high = tl.maximum(tl.max(tl.max(tl.where(best < 0x7FFFFFFF, best, -1), 0)), low) + 1
+    found = tl.sum(tl.sum((best >= low).to(tl.int32), 0))
     while (high - low > 1) & (found > wanted):
         middle = low + (high - low) // 2
-        count = tl.sum((best >= middle).to(tl.int32))
+        count = tl.sum(tl.sum((best >= middle).to(tl.int32), 0))
         enough = count >= wanted
         low = tl.where(enough, middle, low)
         found = tl.where(enough, count, found)
@@ -349,23 +409,31 @@ def _pick_blocks_kernel(
         # All that tie are dropped, or only the highest blocks among them.
         spare = tl.where(found - ties >= wanted, 0, ties - (found - wanted))
         if spare > 0:
-            bits = tl.where(tied & (tl.cumsum(tied.to(tl.int32)) > spare), -1, bits)
+            # The least bound below which so many tie.
+            none = spare * 0
+            bound = none + COLUMNS
+            while bound - none > 1:
+                middle = (none + bound) // 2
+                # Plus 0, which the compiler does not see: it would hold all that the loop does not change in registers.
+                first = (bits == least + (middle >> 30)) & (block + (middle >> 30) < middle)
+                enough = tl.sum(first.to(tl.int32)) >= spare
+                bound = tl.where(enough, middle, bound)
+                none = tl.where(enough, none, middle)
+            bits = tl.where(tied & (block >= bound), -1, bits)
         low = least + (spare == 0).to(tl.int32)
         found = tl.maximum(found - ties, wanted)
 
-    # Slots in the order of threads, which hold their elements at a distance of LANES; then in that of blocks.
     kept = tl.reshape((bits >= low).to(tl.int32), [COLUMNS // LANES, LANES])
-    of_lane = tl.sum(kept, 0)
-    slot = tl.cumsum(kept, 0) + (tl.cumsum(of_lane) - of_lane)[None, :] - 1
     indices_ptr += ((token_start + token).to(tl.int64) * HEADS + head) * SLOTS
-    if COLUMNS <= SHARED_COLUMNS:
-        tl.store(indices_ptr + slot, tl.reshape(block, [COLUMNS // LANES, LANES]), mask=kept > 0)
-    else:
-        tl.store(indices_ptr + tl.reshape(slot, [COLUMNS]), block, mask=tl.reshape(kept, [COLUMNS]) > 0)
-    tl.debug_barrier()
     slots = tl.arange(0, SLOTS_PADDED)
     used = slots < wanted
-    chosen = tl.load(indices_ptr + slots, mask=used, other=0x7FFFFFFF)
-    tl.debug_barrier()
-    rank = tl.sum((chosen[None, :] < chosen[:, None]).to(tl.int32), 1)
-    tl.store(indices_ptr + tl.where(used, rank, slots), tl.where(used, chosen, -1), mask=slots < SLOTS)
+    if COLUMNS <= FEW_COLUMNS:
+        _slots_of_few(kept, indices_ptr, block)
+        tl.store(indices_ptr + slots, -1, mask=(slots < SLOTS) & (slots >= wanted))
+    else:
+        _slots_by_lane(kept, indices_ptr)
+        tl.debug_barrier()
+        chosen = tl.load(indices_ptr + slots, mask=used, other=0x7FFFFFFF)
+        tl.debug_barrier()
+        rank = tl.sum((chosen[None, :] < chosen[:, None]).to(tl.int32), 1)
+        tl.store(indices_ptr + tl.where(used, rank, slots), tl.where(used, chosen, -1), mask=slots < SLOTS)
