@@ -101,7 +101,7 @@ def measure(
 
 
 def main() -> None:
-    """Measures all cases and writes them."""
+    """Measures all cases, and writes what there is after each of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help=f"the folder of {NAME}")
     parser.add_argument("--commit", help="of the source, where there is no git to ask")
@@ -116,18 +116,19 @@ def main() -> None:
     block_scores.LEAST_TOKENS = block_scores.LEAST_LENGTH = hopper.LEAST_GROUP = 0
     device = torch.device("cuda")
     flush = torch.empty(1 << 30, dtype=torch.uint8, device=device)
-    rows = []
+    rows: list[dict[str, Any]] = []
+    report = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": environment(device, options.commit),
+        "rows": rows,
+    }
+    options.output.mkdir(parents=True, exist_ok=True)
     for case in CASES:
         row = measure(*case, flush)
         rows.append(row)
         sequences = f"{len(case[0])} x {case[0][0]:,}"
         print(f"{sequences:12} {row['heads']}/{row['kv_heads']} {case[3:]}", row["us"], flush=True)
-    report = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(device, options.commit),
-    }
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / NAME).write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+        (options.output / NAME).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

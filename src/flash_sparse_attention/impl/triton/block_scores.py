@@ -43,8 +43,10 @@ LEAST_TOKENS, LEAST_LENGTH = 4096, 8192
 MOST_PROGRAMS = 65535
 # Blocks that a warp keeps in registers; and those of the smallest kernel, of which there is one for each power of two.
 PICK_COLUMNS, LEAST_COLUMNS = 1024, 128
-# Registers of a thread that picks, with which 32 warps fit into a multiprocessor; and warps of a row at most.
-PICK_REGISTERS, PICK_WARPS = 64, 16
+# Registers of a thread that picks from few blocks, with which 32 warps fit into a multiprocessor, and from more; and
+# warps of a row at most. H200, 32/8 heads, us, with 64, 72 and 128: 32,768 tokens 276, 282, 282; 65,536 842, 830, 867;
+# 131,072 3162, 3106, 3359, and with a warp for 512 blocks 3583.
+PICK_REGISTERS, MORE_PICK_REGISTERS, PICK_WARPS = 64, 72, 16
 # Blocks up to which slots are numbered in bytes.
 FEW_COLUMNS = tl.constexpr(256)
 
@@ -140,7 +142,7 @@ def _pick_options(columns: int) -> dict[str, int]:
     """Warps, and the bound of registers where the row leaves room for one and the device knows it."""
     options = {"num_warps": min(max(1, columns // PICK_COLUMNS), PICK_WARPS)}
     if columns <= PICK_COLUMNS * PICK_WARPS and torch.version.hip is None:
-        options["maxnreg"] = PICK_REGISTERS
+        options["maxnreg"] = PICK_REGISTERS if columns < PICK_COLUMNS else MORE_PICK_REGISTERS
     return options
 
 
