@@ -19,6 +19,7 @@ from ..bench.run import run as run_suites
 from ..bench.shapes import PRESETS, parse_lengths
 from ..training.config import resolve_device
 from ..validation import FLOAT_DTYPES, bad, check_choice, check_positive
+from .bench_redo import redo
 from .bench_reports import compare, report
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES if dtype.itemsize <= 4}
@@ -26,12 +27,13 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES if
 _PLAIN_WIDTH = 200
 
 bench_app = typer.Typer(
-    help="Measure what each part costs here, and how it compares; report and compare results.",
+    help="Measure what each part costs here, and how it compares; report, compare and redo results.",
     invoke_without_command=True,
     no_args_is_help=False,
 )
 bench_app.command("report")(report)
 bench_app.command("compare")(compare)
+bench_app.command("redo")(redo)
 
 
 @bench_app.callback()
